@@ -1,0 +1,182 @@
+"""Samples -> PackedBatch: pure, no random choice, no state.
+
+Which samples share a pack is decided in `data/stream.py`; the order of tokens in `data/layout.py`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.layout import LayoutSpec, SegmentLayout, grid_position, lay_out
+from data.tokens import SpecialTokens
+from data.types import EMPTY_IDS, LaneCursor, Mode, PackedBatch, Region, RegionBatch, Reject, Sample, Segment
+
+
+def pack(
+    samples: Sequence[Sample],
+    spec: LayoutSpec,
+    special: SpecialTokens,
+    *,
+    position_start: Sequence[int] | None = None,
+    cursor: LaneCursor = LaneCursor(lane=0),  # noqa: B008 - frozen
+    rejects: tuple[Reject, ...] = (),
+) -> PackedBatch:
+    """Lay samples end to end in one sequence.
+
+    Args:
+        samples: what to pack; may be empty.
+        spec: patch sizes and position tables of the model.
+        special: ids of the tokens with a role.
+        position_start: rotary counter each sample starts with (0; at inference what its context has used).
+        cursor: the lane's state once this pack is consumed.
+        rejects: records found unusable on the way to this pack.
+
+    Raises:
+        ValueError: if an image does not fit the patch grid or the position table, or a region names a wrong segment.
+    """
+    out = _Fields(spec)
+    sample_lens: list[int] = []
+    for i, sample in enumerate(samples):
+        start = out.length
+        counter = position_start[i] if position_start is not None else 0
+        token_of: list[int] = []
+        image_of: list[int] = []
+        for segment in sample.segments:
+            layout = lay_out(segment, spec, special)
+            token_of.append(out.length + layout.id_offset)
+            image_of.append(len(out.und_hw) if segment.kind == "und_image" and not segment.dropped else -1)
+            out.add(segment, layout, counter)
+            counter += layout.advance
+        for region in sample.regions:
+            out.add_region(region, token_of, image_of, sample)
+        sample_lens.append(out.length - start)
+    return out.batch(
+        sample_lens=tuple(sample_lens),
+        origins=tuple(s.origin for s in samples),
+        tasks=tuple(s.task for s in samples),
+        cursor=cursor,
+        rejects=rejects,
+    )
+
+
+def patchify_pixels(pixels: Tensor, patch_size: int) -> Tensor:
+    """`3 (rows p) (cols p)` -> `(rows cols) (p p 3)`: row-major patches, channel fastest."""
+    c, height, width = pixels.shape
+    grid = pixels.reshape(c, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch_size * patch_size * c)
+
+
+def content_key(pixels: Tensor) -> int:
+    """Hash of an image's pixels and shape, for the latent cache."""
+    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8, key=str(tuple(pixels.shape)).encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+class _Fields:
+    """The columns of a pack while it is being filled."""
+
+    def __init__(self, spec: LayoutSpec) -> None:
+        self.spec = spec
+        self.length = 0
+        self.text_ids: list[Tensor] = []
+        self.text_index: list[Tensor] = []
+        self.position: list[Tensor] = []
+        self.label_ids: list[Tensor] = []
+        self.label_index: list[Tensor] = []
+        self.label_weight: list[Tensor] = []
+        self.und_patches: list[Tensor] = []
+        self.und_position: list[Tensor] = []
+        self.und_index: list[Tensor] = []
+        self.und_hw: list[tuple[int, int]] = []
+        self.gen_pixels: list[Tensor] = []
+        self.gen_hw: list[tuple[int, int]] = []
+        self.gen_position: list[Tensor] = []
+        self.gen_index: list[Tensor] = []
+        self.gen_timestep: list[Tensor] = []
+        self.gen_seed: list[int] = []
+        self.regions: dict[str, list[tuple[int, int, Region]]] = {}
+        self.split_lens: list[int] = []
+        self.split_modes: list[Mode] = []
+
+    def add(self, segment: Segment, layout: SegmentLayout, counter: int) -> None:
+        if not layout.length:
+            return
+        self.text_ids.append(layout.text_ids)
+        self.text_index.append(layout.text_at + self.length)
+        self.position.append(layout.position + counter)
+        self.label_ids.append(layout.label_ids)
+        self.label_index.append(layout.label_at + self.length)
+        # Weight of each of n+1 predictions, n = tokens of the text: long answers do not drown short ones.
+        self.label_weight.append(torch.full((len(layout.label_ids),), max(1, len(layout.label_ids)) ** -0.5))
+        if segment.kind != "text":
+            self._add_patches(segment, layout.patch_hw)
+        self.split_lens.append(layout.length)
+        self.split_modes.append(layout.mode)
+        self.length += layout.length
+
+    def _add_patches(self, segment: Segment, hw: tuple[int, int]) -> None:
+        spec = self.spec
+        index = torch.arange(hw[0] * hw[1]) + self.length + 1
+        if segment.kind == "und_image":
+            self.und_patches.append(patchify_pixels(segment.pixels, spec.vit_patch_size))
+            self.und_position.append(grid_position(*hw, spec.vit_positions_per_side, spec.interpolate_pos))
+            self.und_index.append(index)
+            self.und_hw.append(hw)
+            return
+        self.gen_pixels.append(segment.pixels)
+        self.gen_hw.append(hw)
+        self.gen_position.append(grid_position(*hw, spec.latent_positions_per_side, spec.interpolate_pos))
+        self.gen_index.append(index)
+        self.gen_timestep.append(torch.full((len(index),), segment.timestep if segment.kind == "gen_image" else 0.0))
+        self.gen_seed.append(segment.noise_seed)
+
+    def add_region(self, region: Region, token_of: list[int], image_of: list[int], sample: Sample) -> None:
+        text = sample.segments[region.segment]
+        if text.dropped or text.kind != "text" or image_of[region.image] < 0:
+            raise ValueError(
+                f"{sample.origin.where}: region '{region.name}' needs its text and its understanding image in the sample; "
+                "a text with anchors and a picture with regions cannot be droppable"
+            )
+        anchor = token_of[region.segment] + region.token
+        self.regions.setdefault(region.head, []).append((anchor, image_of[region.image], region))
+
+    def batch(self, **rest) -> PackedBatch:
+        return PackedBatch(
+            text_ids=_cat(self.text_ids),
+            text_index=_cat(self.text_index),
+            position=_cat(self.position),
+            label_ids=_cat(self.label_ids),
+            label_index=_cat(self.label_index),
+            label_weight=_cat(self.label_weight, torch.zeros(0)),
+            und_patches=_cat(self.und_patches, torch.zeros(0, 3 * self.spec.vit_patch_size**2, dtype=torch.uint8)),
+            und_position=_cat(self.und_position),
+            und_index=_cat(self.und_index),
+            und_hw=torch.tensor(self.und_hw, dtype=torch.int64).reshape(-1, 2),
+            gen_pixels=tuple(self.gen_pixels),
+            gen_hw=torch.tensor(self.gen_hw, dtype=torch.int64).reshape(-1, 2),
+            gen_position=_cat(self.gen_position),
+            gen_index=_cat(self.gen_index),
+            gen_timestep=_cat(self.gen_timestep, torch.zeros(0)),
+            gen_seed=torch.tensor(self.gen_seed, dtype=torch.int64),
+            gen_key=torch.tensor([content_key(p) for p in self.gen_pixels], dtype=torch.int64),
+            regions={head: _collate_regions(r) for head, r in self.regions.items()},
+            split_lens=tuple(self.split_lens),
+            split_modes=tuple(self.split_modes),
+            **rest,
+        )
+
+
+def _collate_regions(regions: list[tuple[int, int, Region]]) -> RegionBatch:
+    return RegionBatch(
+        anchor=torch.tensor([a for a, _, _ in regions]),
+        image=torch.tensor([i for _, i, _ in regions]),
+        boxes=torch.stack([r.box for _, _, r in regions]).float(),
+        mask_values=torch.cat([r.mask.flatten() for _, _, r in regions]),
+        mask_hw=torch.tensor([r.mask.shape for _, _, r in regions], dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+def _cat(parts: list[Tensor], empty: Tensor = EMPTY_IDS) -> Tensor:
+    return torch.cat(parts) if parts else empty

@@ -1,0 +1,235 @@
+"""The types that carry data, in the order it flows: Segment -> Sample -> PackedBatch, with the Cursor beside them.
+
+A `Sample` is one training example: a row of `Segment`s (text and images) and the `Region`s anchored in its text. Several samples
+laid end to end in one sequence are a `PackedBatch`. Imports torch only.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["text", "und_image", "cond_image", "gen_image"]
+"""`und_image` goes to the ViT, `cond_image` to the VAE without noise, `gen_image` to the VAE with noise: it is the target."""
+
+Mode = Literal["causal", "full", "noise"]
+"""How a split attends: `causal` to what comes before each token, `full` and `noise` to all of itself; nobody else sees `noise`."""
+
+EMPTY_IDS = torch.zeros(0, dtype=torch.int64)
+EMPTY_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
+EMPTY_MASK = torch.zeros(0, 0, dtype=torch.uint8)
+EMPTY_BOX = torch.zeros(4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One span of a sample: a text or an image in one role.
+
+    Attributes:
+        kind: what it is and where it goes.
+        ids: `t` int64, token ids of a text without the tokens around it; empty for images.
+        pixels: `3 hh ww` uint8, an image after its transform; empty for text.
+        supervised: a text whose tokens are predicted.
+        droppable: may be left out by condition dropout.
+        dropped: was left out; images then leave a gap of one rotary position.
+        bare: a text without its begin and end tokens (one decoded token at inference).
+        timestep: of a `gen_image`, in (0, 1], after the schedule's shift; 0 for everything else.
+        noise_seed: of images that pass the VAE; seeds the posterior sample and the flow noise.
+    """
+
+    kind: Kind
+    ids: Tensor = EMPTY_IDS
+    pixels: Tensor = EMPTY_PIXELS
+    supervised: bool = False
+    droppable: bool = False
+    dropped: bool = False
+    bare: bool = False
+    timestep: float = 0.0
+    noise_seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A box and/or a mask of one understanding image, anchored to one text token.
+
+    Attributes:
+        head: the perception head that reads the anchor (`box`, `mask`).
+        segment: place of the anchoring text in the sample's segments.
+        token: place of the anchor in that text's `ids`.
+        image: place of the `und_image` in the sample's segments.
+        box: `4` xyxy in [0, 1] of the transformed image.
+        mask: `hh ww` uint8 0/1 of the transformed image; empty if there is none.
+        name: what it is, for people ("the red 7").
+    """
+
+    head: str
+    segment: int
+    token: int
+    image: int
+    box: Tensor = EMPTY_BOX
+    mask: Tensor = EMPTY_MASK
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a sample came from: enough to make it again."""
+
+    group: str
+    lane: int
+    position: int
+    """Place in the group's endless order (epoch x length + place in the epoch's permutation)."""
+    where: str
+    """File and line or member, for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One training example, before packing."""
+
+    segments: tuple[Segment, ...]
+    regions: tuple[Region, ...] = ()
+    origin: Origin = Origin(group="", lane=0, position=0, where="")
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """A record that could not be used: `reason` is a short key to count by, `message` says it to a person."""
+
+    group: str
+    position: int
+    where: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionBatch:
+    """The regions of a pack that one perception head reads.
+
+    Attributes:
+        anchor: `r` int64, place of the anchor token in the packed sequence.
+        image: `r` int64, which understanding image of the pack.
+        boxes: `r 4` xyxy in [0, 1].
+        mask_values: `p` uint8, the masks' pixels one after the other, row by row.
+        mask_hw: `r 2` int64, height and width of each mask (0 0 if none).
+    """
+
+    anchor: Tensor
+    image: Tensor
+    boxes: Tensor
+    mask_values: Tensor
+    mask_hw: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "RegionBatch":
+        return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneCursor:
+    """Where one lane stands: the whole data state of that lane, JSON-able.
+
+    Attributes:
+        packs: packs this lane has emitted.
+        draws: random group choices made.
+        read: per group, records taken from the lane's share of the group's order.
+        rejected: per group and reason, records that could not be used.
+        waiting: `(group, position)` of samples read and not yet packed, in order.
+    """
+
+    lane: int
+    packs: int = 0
+    draws: int = 0
+    read: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    waiting: tuple[tuple[str, int], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lane": self.lane,
+            "packs": self.packs,
+            "draws": self.draws,
+            "read": dict(self.read),
+            "rejected": {g: dict(r) for g, r in self.rejected.items()},
+            "waiting": [list(w) for w in self.waiting],
+        }
+
+    @staticmethod
+    def from_json(state: Mapping[str, Any]) -> "LaneCursor":
+        waiting = tuple((str(g), int(p)) for g, p in state["waiting"])
+        return LaneCursor(**{**state, "waiting": waiting})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Several samples in one sequence: the input of one forward pass. No field is optional; what is absent is empty.
+
+    Letters: `s` packed tokens, `t` text tokens, `v` ViT patches, `l` latent patches, `n` und images, `m` VAE images, `c` labels.
+
+    Attributes:
+        text_ids, text_index: `t` int64, ids (with all begin, end and image marker tokens) and their places in the sequence.
+        position: `s` int64, rotary position of every token.
+        label_ids, label_index: `c` int64, what the token at that place has to predict.
+        label_weight: `c` float32.
+        und_patches: `v (p p 3)` uint8 pixels, row-major patches, channel fastest.
+        und_position, und_index: `v` int64, place in the 2-D position table; place in the sequence.
+        und_hw: `n 2` int64, patch rows and columns of each image.
+        gen_pixels: `3 hh ww` uint8 each, the `m` images that pass the VAE, condition and target, in sequence order.
+        gen_hw: `m 2` int64, latent patch rows and columns.
+        gen_position, gen_index: `l` int64; gen_timestep: `l` float32, 0 for clean patches.
+        gen_seed, gen_key: `m` int64, noise seed and a hash of the pixels (key of the latent cache).
+        regions: per perception head; a head without regions in this pack is simply absent.
+        sample_lens, split_lens, split_modes: the attention layout; splits follow each other over all samples.
+        samples, tasks: origin and task of each sample, in order.
+        lane, cursor, rejects: what the data state is once this pack is consumed.
+    """
+
+    text_ids: Tensor
+    text_index: Tensor
+    position: Tensor
+    label_ids: Tensor
+    label_index: Tensor
+    label_weight: Tensor
+    und_patches: Tensor
+    und_position: Tensor
+    und_index: Tensor
+    und_hw: Tensor
+    gen_pixels: tuple[Tensor, ...]
+    gen_hw: Tensor
+    gen_position: Tensor
+    gen_index: Tensor
+    gen_timestep: Tensor
+    gen_seed: Tensor
+    gen_key: Tensor
+    regions: Mapping[str, RegionBatch]
+    sample_lens: tuple[int, ...]
+    split_lens: tuple[int, ...]
+    split_modes: tuple[Mode, ...]
+    origins: tuple[Origin, ...] = ()
+    tasks: tuple[str, ...] = ()
+    cursor: LaneCursor = LaneCursor(lane=0)
+    rejects: tuple[Reject, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.position)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """Apply `fn` to every tensor: the only walker over the fields."""
+        changed: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changed[f.name] = fn(value)
+        changed["gen_pixels"] = tuple(fn(p) for p in self.gen_pixels)
+        changed["regions"] = {head: r.map(fn) for head, r in self.regions.items()}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        return self.map(lambda x: x.pin_memory())

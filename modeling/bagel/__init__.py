@@ -1,0 +1,1 @@
+"""The unified model: text, pictures to understand and pictures to draw in one packed sequence."""

@@ -1,0 +1,106 @@
+"""Bagel: one packed sequence in, predictions of every kind out. Computes no loss and knows no ranks.
+
+    text ids ──▶ embedding ───────────────────────────┐
+    patches ───▶ SigLIP ──▶ connector + 2-D position ─┼─▶ Qwen2 (und / gen experts) ─▶ logits, velocity, heads
+    latents ───▶ vae2llm + time + 2-D position ───────┘
+"""
+
+from torch import Tensor, nn
+
+from data.types import PackedBatch
+from modeling.bagel.config import BagelConfig
+from modeling.bagel.connectors import Connector, PositionTable, TimestepEmbedder
+from modeling.heads import HEADS
+from modeling.ops.attention import AttentionPlan, packed_attention
+from modeling.ops.patch import normalise_pixels
+from modeling.qwen2.layers import Attend
+from modeling.qwen2.model import Qwen2ForCausalLM
+from modeling.qwen2.mot import Routing, Rows
+from modeling.siglip.model import SiglipVisionModel
+from modeling.types import FeatureGrids, HeadOutput, ModelOutput
+
+
+class Bagel(nn.Module):
+    """The whole model except the VAE. Parameter names are the published checkpoints' keys; heads stand under `heads.`."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.config = config
+        width = config.llm.hidden_size
+        self.language_model = Qwen2ForCausalLM(config.llm)
+        self.time_embedder = TimestepEmbedder(width)
+        self.vae2llm = nn.Linear(config.latent_token_width, width)
+        self.llm2vae = nn.Linear(width, config.latent_token_width)
+        self.latent_pos_embed = PositionTable(config.max_latent_size, width)
+        self.vit_model = SiglipVisionModel(config.vit)
+        self.connector = Connector(config.vit.hidden_size, width, config.connector_act)
+        self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
+        self.heads = nn.ModuleDict(
+            {
+                name: HEADS[name](
+                    hidden_size=width, grid_size=config.vit.hidden_size, patch_size=config.vit.patch_size, **options
+                )
+                for name, options in config.heads.items()
+            }
+        )
+
+    def forward(self, batch: PackedBatch, noised: Tensor, attend: Attend | None = None) -> ModelOutput:
+        """Run one pack.
+
+        Args:
+            batch: the pack.
+            noised: `l (p p z)`, every latent patch at its time (`batch.gen_timestep`).
+            attend: how tokens see each other; None: the pack's own rule (training). At inference, attention over a cache.
+
+        Returns:
+            predictions at the batch's labels, latent patches and anchors.
+        """
+        attend = attend or _pack_rule(batch)
+        grids = self._see(batch)
+        routing = Routing.build(batch.gen_index, batch.num_tokens)
+        rows = self._embed(batch, noised, grids, routing)
+        rows = self.language_model.model(rows, routing, batch.position, attend)
+        hidden = routing.pack(rows)
+        return ModelOutput(
+            hidden=hidden,
+            logits=self.language_model.lm_head(hidden[batch.label_index]),
+            velocity=self.llm2vae(rows.gen),
+            grids=grids,
+            heads={name: self._perceive(name, hidden, batch, grids) for name in self.heads},
+        )
+
+    def _see(self, batch: PackedBatch) -> FeatureGrids:
+        hw = tuple((int(h), int(w)) for h, w in batch.und_hw.tolist())
+        lens = [h * w for h, w in hw]
+        plan = AttentionPlan.build(lens, lens, ["full"] * len(lens), batch.und_patches.device)
+        patches = normalise_pixels(batch.und_patches).to(self.vae2llm.weight.dtype)
+        # The tower's own table may have another side than the connector's; the packed position counts in the latter.
+        position = self._vit_position(batch.und_position)
+        values = self.vit_model(patches, position, plan)
+        return FeatureGrids(values=values, pixels=batch.und_patches, hw=hw, patch_size=self.config.vit.patch_size)
+
+    def _vit_position(self, position: Tensor) -> Tensor:
+        side, own = self.config.vit_max_num_patch_per_side, self.config.vit.positions_per_side
+        return position if side == own else position // side * own + position % side
+
+    def _embed(self, batch: PackedBatch, noised: Tensor, grids: FeatureGrids, routing: Routing) -> Rows:
+        text = self.language_model.model.embed_tokens(batch.text_ids)
+        seen = self.connector(grids.values) + self.vit_pos_embed(batch.und_position)
+        # Text and patches are written into the understanding rows, which are in packed order without the latent patches.
+        und = text.new_zeros(batch.num_tokens, text.shape[1])
+        und = und.index_copy(0, batch.text_index, text).index_copy(0, batch.und_index, seen.to(text.dtype))
+        gen = self.vae2llm(noised.to(text.dtype)) + self.time_embedder(batch.gen_timestep)
+        return Rows(und.index_select(0, routing.und), gen + self.latent_pos_embed(batch.gen_position))
+
+    def _perceive(self, name: str, hidden: Tensor, batch: PackedBatch, grids: FeatureGrids) -> HeadOutput:
+        region = batch.regions.get(name)
+        anchor, image = (region.anchor, region.image) if region is not None else (batch.und_index[:0],) * 2
+        offset = {"self": 0, "previous": 1}[self.config.head_reads]
+        return self.heads[name](hidden[anchor - offset], image, grids)
+
+
+def _pack_rule(batch: PackedBatch) -> Attend:
+    plan = AttentionPlan.build(batch.sample_lens, batch.split_lens, batch.split_modes, batch.position.device)
+    return lambda layer, q, k, v: packed_attention(q, k, v, plan)
+
+

@@ -1,0 +1,54 @@
+"""Starting values of every parameter, by name: pure functions of (seed, name), the same on any number of ranks."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from modeling.bagel.config import BagelConfig
+from modeling.ops.patch import sincos_table
+
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "out_proj", "fc2")
+
+
+def fixed_tables(config: BagelConfig) -> dict[str, Tensor]:
+    """The position tables, which are computed and never trained."""
+    width = config.llm.hidden_size
+    return {
+        "latent_pos_embed.pos_embed": sincos_table(config.max_latent_size, width),
+        "vit_pos_embed.pos_embed": sincos_table(config.vit_max_num_patch_per_side, width),
+    }
+
+
+def initial_value(name: str, shape: torch.Size, config: BagelConfig, seed: int) -> Tensor:
+    """Starting value of one parameter.
+
+    Args:
+        name: its key.
+        shape: its full shape.
+        config: the model's.
+        seed: of the run.
+
+    Returns:
+        float32. Norms 1, biases and the velocity projection 0, matrices normal: the decoder's with `initializer_range`, others with
+        1/sqrt(fan in); projections back into a residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
+    """
+    tables = fixed_tables(config) if name.endswith("pos_embed.pos_embed") else {}
+    if name in tables:
+        return tables[name]
+    if name.endswith("bias") or name.startswith("llm2vae."):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = 1 / math.sqrt(math.prod(shape[1:]))
+    layers = config.vit.num_hidden_layers
+    if name.startswith("language_model."):
+        std, layers = config.llm.initializer_range, config.llm.num_hidden_layers
+    elif name.endswith("position_embedding.weight"):
+        std = 0.02
+    if ".layers." in name and name.split(".")[-2].removesuffix("_moe_gen") in RESIDUAL_OUTPUTS:
+        std /= math.sqrt(2 * layers)
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,45 @@
+"""Box of one object from its anchor's state and its picture's grid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.heads.grids import gather_patches
+from modeling.ops.boxes import centre_to_corners
+from modeling.types import FeatureGrids, HeadOutput
+
+
+class BoxHead(nn.Module):
+    """The anchor's state looks for its object in the grid; what it sees there, and where, gives the box.
+
+    Each of `num_heads` queries makes a map over the patches. The maps' means and spreads of place, and the features
+    gathered with them, go through an MLP to centre and size.
+    """
+
+    def __init__(self, *, hidden_size: int, grid_size: int, patch_size: int, width: int = 128, num_heads: int = 4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, width)
+        self.key = nn.Linear(grid_size, width)
+        self.value = nn.Linear(grid_size, width)
+        self.out = nn.Sequential(nn.Linear(2 * width + 4 * num_heads, width), nn.GELU(), nn.Linear(width, 4))
+
+    def forward(self, hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadOutput:
+        """Predict one box per anchor.
+
+        Args:
+            hidden: `r d`, states of the anchors.
+            image: `r`, which image each is about.
+            grids: features of all images.
+        """
+        values, valid, centre = gather_patches(grids, image)
+        query = self.query(hidden)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, self.key(values), self.value(values)))
+        scores = torch.einsum("rhe,rnhe->rhn", q, k) * q.shape[-1] ** -0.5
+        maps = scores.float().masked_fill(~valid[:, None], float("-inf")).softmax(-1)
+        mean = torch.einsum("rhn,rnx->rhx", maps, centre)
+        spread = torch.einsum("rhn,rnx->rhx", maps, centre**2) - mean**2
+        seen = torch.einsum("rhn,rnhe->rhe", maps.to(v.dtype), v).flatten(1)
+        place = torch.cat([mean, spread.clamp(min=1e-6).sqrt()], dim=-1).flatten(1).to(query.dtype)
+        boxes = self.out(torch.cat([F.gelu(query), seen, place], dim=-1)).float().sigmoid()
+        return HeadOutput(boxes=centre_to_corners(boxes), mask_logits=boxes.new_zeros(0))

@@ -1,0 +1,59 @@
+"""Mask of one object from its anchor's state and its picture's grid."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from modeling.heads.grids import regions_by_size
+from modeling.ops.patch import normalise_pixels
+from modeling.types import FeatureGrids, HeadOutput
+
+
+class MaskHead(nn.Module):
+    """A dot product of the anchor's state with fine features of the picture.
+
+    The fine features, at `stride` pixels, come from the grid (each patch unfolds into its cells) and from a shallow look
+    at the pixels, which carries the edges that the tower's last layer has smoothed away.
+    """
+
+    def __init__(self, *, hidden_size: int, grid_size: int, patch_size: int, channels: int = 24, stride: int = 2):
+        super().__init__()
+        if patch_size % stride:
+            raise ValueError(f"mask head: stride {stride} does not divide the patch size {patch_size}")
+        self.stride = stride
+        self.cells = patch_size // stride
+        self.unfold = nn.Linear(grid_size, self.cells**2 * channels)
+        self.look = nn.Conv2d(3, channels, stride + 1, stride=stride, padding=stride // 2)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1)
+        self.query = nn.Sequential(nn.Linear(hidden_size, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels + 1))
+
+    def forward(self, hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadOutput:
+        """Predict one mask per anchor at its image's size.
+
+        Args:
+            hidden: `r d`, states of the anchors.
+            image: `r`, which image each is about.
+            grids: features of all images.
+        """
+        query = self.query(hidden)
+        logits: list[tuple[int, Tensor]] = []
+        for at, features, pixels, which in regions_by_size(grids, image):
+            fine = self._fine(features, pixels)
+            q = query[at]
+            coarse = torch.einsum("kc,kchw->khw", q[:, 1:], fine[which]) + q[:, :1, None]
+            full = F.interpolate(coarse[:, None].float(), scale_factor=self.stride, mode="bilinear")[:, 0]
+            logits += zip(at.tolist(), full.unbind(), strict=True)
+        logits.sort(key=lambda pair: pair[0])
+        flat = [x.flatten() for _, x in logits] or [full.flatten()]
+        hw = tuple((x.shape[0], x.shape[1]) for _, x in logits)
+        return HeadOutput(boxes=hidden.new_zeros(0, 4), mask_logits=torch.cat(flat), mask_hw=hw)
+
+    def _fine(self, features: Tensor, pixels: Tensor) -> Tensor:
+        """`i h w d`, `i 3 hh ww` -> `i channels (hh / stride) (ww / stride)`."""
+        unfolded = rearrange(
+            self.unfold(features), "i h w (p q c) -> i c (h p) (w q)", p=self.cells, q=self.cells
+        )
+        seen = self.look(normalise_pixels(pixels).to(unfolded.dtype))
+        # An odd kernel on an even stride: the look has one cell per stride, as the unfolded grid has.
+        return self.mix(F.gelu(unfolded + seen))

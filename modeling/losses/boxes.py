@@ -1,0 +1,30 @@
+"""Box regression: L1 and generalised IoU."""
+
+from torch import Tensor
+
+from data.types import PackedBatch
+from modeling.ops.boxes import paired_giou
+from modeling.types import FlowState, ModelOutput
+
+
+def _pairs(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    predicted = output.heads["box"].boxes
+    region = batch.regions.get("box")
+    return predicted, region.boxes if region is not None else predicted.detach()
+
+
+def box_l1_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+    """Sum over boxes of the mean absolute error of their four coordinates (in [0, 1])."""
+    predicted, truth = _pairs(output, batch)
+    return (predicted - truth).abs().mean(1).sum()
+
+
+def box_giou_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+    """Sum over boxes of 1 - GIoU (arXiv 1902.09630)."""
+    predicted, truth = _pairs(output, batch)
+    return (1 - paired_giou(predicted, truth)[1]).sum()
+
+
+def count_boxes(batch: PackedBatch) -> int:
+    """Boxes of the pack."""
+    return len(batch.regions["box"].anchor) if "box" in batch.regions else 0

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: attention, rotary positions, patches, flow, boxes."""

@@ -1,0 +1,188 @@
+"""Attention over a packed sequence, without an N x N mask.
+
+Rule: a token sees tokens of its own sample only. `causal` splits see all before them and themselves causally; `full` and
+`noise` splits see all before them and all of themselves; nobody outside a `noise` split sees it.
+
+`AttentionPlan` states the rule for one pack and is built once per forward; `packed_attention` applies it in every layer.
+Short samples are padded to a common length and attend in one batched call; long ones go split by split, so that cost
+grows with the sum over splits of (split x its context), never with (packed length)^2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCHED_UP_TO = 768
+"""Longest sample whose own square mask is cheaper than a call per split."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Samples attending in one padded call. `index`: `b n`, places in the pack (0 where padded); `allowed`: `b 1 n n`."""
+
+    index: Tensor
+    rows: Tensor
+    allowed: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """One split of a long sample: its queries, and the places of what they all see before it."""
+
+    start: int
+    stop: int
+    context: Tensor
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """The visibility rule of one pack."""
+
+    buckets: tuple[_Bucket, ...]
+    splits: tuple[_Split, ...]
+    scatter: Tensor
+    num_tokens: int
+
+    @staticmethod
+    def build(
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        split_modes: Sequence[str],
+        device: torch.device,
+        batched_up_to: int = BATCHED_UP_TO,
+    ) -> "AttentionPlan":
+        """Plan for samples laid end to end.
+
+        Args:
+            sample_lens: tokens of each sample.
+            split_lens, split_modes: the splits of all samples, in order.
+            device: where the index tensors go.
+            batched_up_to: samples longer than this go split by split.
+
+        Raises:
+            ValueError: if the splits do not add up to the samples.
+        """
+        if sum(sample_lens) != sum(split_lens) or len(split_lens) != len(split_modes):
+            raise ValueError(f"splits cover {sum(split_lens)} tokens, samples {sum(sample_lens)}")
+        short: dict[int, list[tuple[int, list[tuple[int, str]]]]] = {}
+        long: list[_Split] = []
+        start = split = 0
+        for length in sample_lens:
+            parts: list[tuple[int, str]] = []
+            while sum(p for p, _ in parts) < length:
+                parts.append((split_lens[split], split_modes[split]))
+                split += 1
+            if length and length <= batched_up_to:
+                # Lengths within an eighth of each other share a bucket.
+                step = max(16, 1 << max(0, length.bit_length() - 3))
+                short.setdefault(-(-length // step) * step, []).append((start, parts))
+            elif length:
+                long += _long_sample(start, parts, device)
+            start += length
+        buckets = tuple(_bucket(samples, device) for _, samples in sorted(short.items()))
+        order = [b.index.flatten()[b.rows] for b in buckets]
+        order += [torch.arange(s.start, s.stop, device=device) for s in long]
+        scatter = torch.empty(start, dtype=torch.int64, device=device)
+        if order:
+            scatter[torch.cat(order)] = torch.arange(start, device=device)
+        return AttentionPlan(buckets, tuple(long), scatter, start)
+
+
+def _bucket(samples: list[tuple[int, list[tuple[int, str]]]], device: torch.device) -> _Bucket:
+    lengths = torch.tensor([sum(p for p, _ in parts) for _, parts in samples])
+    starts = torch.tensor([s for s, _ in samples])
+    b, n = len(samples), int(lengths.max())
+    place = torch.arange(n)
+    valid = place[None] < lengths[:, None]
+    if all(len(parts) == 1 and parts[0][1] != "causal" for _, parts in samples) and bool(valid.all()):
+        allowed = None  # pictures of one size: everything sees everything
+    else:
+        # The i-th token's split: where it starts, whether it attends as a block, whether others may see it.
+        split_id = torch.full((b, n), -1, dtype=torch.int16)
+        block, hidden = torch.zeros(b, n, dtype=torch.bool), torch.zeros(b, n, dtype=torch.bool)
+        for i, (_, parts) in enumerate(samples):
+            at = 0
+            for j, (length, mode) in enumerate(parts):
+                split_id[i, at : at + length] = j
+                block[i, at : at + length] = mode != "causal"
+                hidden[i, at : at + length] = mode == "noise"
+                at += length
+        same = split_id[:, :, None] == split_id[:, None, :]
+        allowed = ((place[:, None] >= place[None, :]) & ~hidden[:, None, :]) | (same & block[:, :, None])
+        # A noise split's own tokens see each other (they are a block); padded rows see themselves, so that no row is empty.
+        allowed = (allowed & valid[:, None, :] | torch.eye(n, dtype=torch.bool))[:, None]
+    index = torch.where(valid, starts[:, None] + place[None], 0)
+    rows = torch.nonzero(valid.flatten()).flatten()
+    return _Bucket(index.to(device), rows.to(device), allowed.to(device) if allowed is not None else None)
+
+
+def _long_sample(start: int, parts: list[tuple[int, str]], device: torch.device) -> list[_Split]:
+    splits, seen, at = [], [], start
+    for length, mode in parts:
+        context = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.int64)
+        splits.append(_Split(at, at + length, context.to(device), mode == "causal"))
+        if mode != "noise":
+            seen.append(torch.arange(at, at + length))
+        at += length
+    return splits
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Scaled dot-product attention under the plan's rule.
+
+    Args:
+        q: `s h e`; k, v: `s g e` with `h` a multiple of `g` (grouped queries).
+        plan: of this pack.
+
+    Returns:
+        `s h e`.
+    """
+    if not plan.num_tokens:
+        # Nothing to attend to, but q, k and v must stay in the graph: their weights get a zero gradient on every rank.
+        return q + 0 * (k.sum() + v.sum())
+    grouped = q.shape[1] != k.shape[1]
+    parts = []
+    for bucket in plan.buckets:
+        b, n = bucket.index.shape
+        flat = bucket.index.flatten()
+        qb, kb, vb = (x.index_select(0, flat).view(b, n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bucket.allowed, enable_gqa=grouped)
+        parts.append(out.transpose(1, 2).reshape(b * n, *q.shape[1:]).index_select(0, bucket.rows))
+    for split in plan.splits:
+        parts.append(_attend_split(q, k, v, split, grouped))
+    return torch.cat(parts).index_select(0, plan.scatter)
+
+
+def _attend_split(q: Tensor, k: Tensor, v: Tensor, split: _Split, grouped: bool) -> Tensor:
+    own = slice(split.start, split.stop)
+    past, length = len(split.context), split.stop - split.start
+    ks, vs = (torch.cat([x.index_select(0, split.context), x[own]]) if past else x[own] for x in (k, v))
+    mask = None
+    if split.causal and past:
+        # Lower right aligned: the context is fully visible, the split itself causally.
+        mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
+    out = F.scaled_dot_product_attention(
+        q[own].transpose(0, 1)[None],
+        ks.transpose(0, 1)[None],
+        vs.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=split.causal and not past,
+        enable_gqa=grouped,
+    )
+    return out[0].transpose(0, 1)
+
+
+def dense_allowed(sample_lens: Sequence[int], split_lens: Sequence[int], split_modes: Sequence[str]) -> Tensor:
+    """`s s` bool, the rule written out: for tests and pictures, never for training."""
+    sample = torch.repeat_interleave(torch.arange(len(sample_lens)), torch.tensor(sample_lens, dtype=torch.int64))
+    split = torch.repeat_interleave(torch.arange(len(split_lens)), torch.tensor(split_lens, dtype=torch.int64))
+    block = torch.tensor([m != "causal" for m in split_modes])[split]
+    noise = torch.tensor([m == "noise" for m in split_modes])[split]
+    place = torch.arange(len(sample))
+    same_split = split[:, None] == split[None]
+    visible = (place[:, None] >= place[None]) | (same_split & block[:, None])
+    return visible & (sample[:, None] == sample[None]) & (same_split | ~noise[None])

@@ -1,0 +1,1 @@
+"""Qwen2 decoder with understanding and generation experts."""

@@ -1,0 +1,90 @@
+"""The decoder's parts: RMSNorm, gated MLP, attention, layer."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.ops.rope import rotate
+from modeling.qwen2.config import Qwen2Config
+from modeling.qwen2.mot import Routed, Rows, Routing
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q `s h e`, k `s g e`, v `s g e`) -> `s h e`: packed attention in training, cached attention at inference."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), computed in float32, then times a weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class MLP(nn.Module):
+    """SwiGLU without bias."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(Routed):
+    """Grouped-query attention over the whole pack; projections and head norms per expert."""
+
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
+        self.freeze_und = config.freeze_und
+        width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        split = "attention" in config.experts
+        self.add("q_proj", lambda: nn.Linear(width, width), split=split)
+        self.add("k_proj", lambda: nn.Linear(width, kv), split=split)
+        self.add("v_proj", lambda: nn.Linear(width, kv), split=split)
+        self.add("o_proj", lambda: nn.Linear(width, width, bias=False), split=split)
+        if config.qk_norm:
+            self.add("q_norm", lambda: RMSNorm(config.head_dim, config.rms_norm_eps), split=split)
+            self.add("k_norm", lambda: RMSNorm(config.head_dim, config.rms_norm_eps), split=split)
+
+    def _project(self, name: str, norm: str, rows: Rows) -> Rows:
+        heads = Rows(*(x.unflatten(-1, (-1, self.head_dim)) for x in self.route(name, rows)))
+        heads = self.route(norm, heads) if norm and self.qk_norm else heads
+        return Rows(heads.und.detach(), heads.gen) if self.freeze_und else heads
+
+    def forward(self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor, attend: Attend) -> Rows:
+        q = rotate(routing.pack(self._project("q_proj", "q_norm", rows)), cos, sin)
+        k = rotate(routing.pack(self._project("k_proj", "k_norm", rows)), cos, sin)
+        v = routing.pack(self._project("v_proj", "", rows))
+        out = attend(self.layer, q, k.to(q.dtype), v).flatten(1)
+        return self.route("o_proj", routing.split(out))
+
+
+class DecoderLayer(Routed):
+    """Pre-norm block: attention, then MLP, each added to the stream."""
+
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.freeze_und = config.freeze_und
+        norm, mlp = "norm" in config.experts, "mlp" in config.experts
+        self.self_attn = Attention(config, layer)
+        self.add("mlp", lambda: MLP(config), split=mlp)
+        self.add("input_layernorm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=norm)
+        self.add("post_attention_layernorm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=norm)
+
+    def forward(self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor, attend: Attend) -> Rows:
+        rows += self._keep(self.self_attn(self.route("input_layernorm", rows), routing, cos, sin, attend))
+        return rows + self._keep(self.route("mlp", self.route("post_attention_layernorm", rows)))
+
+    def _keep(self, rows: Rows) -> Rows:
+        """Published meaning of `freeze_und`: understanding rows carry no gradient at all."""
+        return Rows(rows.und.detach(), rows.gen) if self.freeze_und else rows

@@ -1,0 +1,60 @@
+"""Qwen2 as the trunk of the packed model: rows in, rows out. Parameter names as in the published checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+from modeling.ops.rope import rope_table
+from modeling.qwen2.config import Qwen2Config
+from modeling.qwen2.layers import Attend, DecoderLayer, RMSNorm
+from modeling.qwen2.mot import Routed, Rows, Routing
+
+
+class Qwen2Model(Routed):
+    """Embedding, layers, final norm per expert (`norm`, `norm_moe_gen`)."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.add("norm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=bool(config.experts))
+
+    def forward(self, rows: Rows, routing: Routing, position: Tensor, attend: Attend) -> Rows:
+        """Run the decoder.
+
+        Args:
+            rows: the embedded tokens by expert, `u d` and `l d`.
+            routing: their places in the pack.
+            position: `s`, rotary positions in packed order.
+            attend: how tokens see each other.
+
+        Returns:
+            rows after the final norm.
+        """
+        cos, sin = rope_table(position, self.config.head_dim, self.config.rope_theta)
+        if self.config.freeze_und:
+            rows = Rows(rows.und.detach(), rows.gen)
+        for layer in self.layers:
+            rows = layer(rows, routing, cos, sin, attend)
+        rows = self.route("norm", rows)
+        return Rows(rows.und.detach(), rows.gen) if self.config.freeze_und else rows
+
+
+class Qwen2ForCausalLM(nn.Module):
+    """The decoder and its vocabulary projection."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_moe(self) -> None:
+        """Start every generation expert as a copy of its understanding twin."""
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            if "_moe_gen" in name:
+                parameter.copy_(parameters[name.replace("_moe_gen", "")])

@@ -1,0 +1,68 @@
+"""Expert routing: every token goes through the `und` or the `gen` copy of a module.
+
+The two kinds of tokens are kept apart from embedding to final norm, so routing costs no gather; they meet, in packed
+order, only inside attention.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GEN = "_moe_gen"
+"""Suffix of the generation copy of a module, as in the published checkpoints."""
+
+
+class Rows(NamedTuple):
+    """The pack's tokens by expert: `und` `u d` (text, markers, ViT patches), `gen` `l d` (latent patches)."""
+
+    und: Tensor
+    gen: Tensor
+
+    def __add__(self, other: "Rows") -> "Rows":  # type: ignore[override]
+        return Rows(self.und + other.und, self.gen + other.gen)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Places of each expert's tokens in the packed sequence. `und` `u`, `gen` `l`, `merge` `s`: packed order of `cat(und, gen)`."""
+
+    und: Tensor
+    gen: Tensor
+    merge: Tensor
+
+    @staticmethod
+    def build(gen_index: Tensor, num_tokens: int) -> "Routing":
+        """Everything that is not a latent patch goes to the `und` expert."""
+        is_und = torch.ones(num_tokens, dtype=torch.bool, device=gen_index.device)
+        is_und[gen_index] = False
+        und = is_und.nonzero().flatten()
+        order = torch.cat([und, gen_index])
+        merge = torch.empty_like(order)
+        merge[order] = torch.arange(num_tokens, device=order.device)
+        return Routing(und, gen_index, merge)
+
+    def pack(self, rows: Rows) -> Tensor:
+        """Rows by expert -> packed order, `s …`."""
+        return torch.cat([rows.und, rows.gen]).index_select(0, self.merge)
+
+    def split(self, packed: Tensor) -> Rows:
+        """Packed order -> rows by expert."""
+        return Rows(packed.index_select(0, self.und), packed.index_select(0, self.gen))
+
+
+class Routed(nn.Module):
+    """Base of modules with parts that exist once or once per expert."""
+
+    def add(self, name: str, make, *, split: bool) -> None:
+        """Register `make()` under `name`, and a second copy for generation tokens if `split`."""
+        self.add_module(name, make())
+        if split:
+            self.add_module(name + GEN, make())
+
+    def route(self, name: str, rows: Rows) -> Rows:
+        """Send each expert's rows through its copy of `name`."""
+        und = getattr(self, name)
+        gen = self._modules.get(name + GEN, und)
+        return Rows(und(rows.und), gen(rows.gen))

@@ -1,0 +1,1 @@
+"""SigLIP as a NaViT: pictures of any size, packed."""

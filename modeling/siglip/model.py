@@ -1,0 +1,107 @@
+"""SigLIP vision tower on packed patches. Parameter names as in the published checkpoints; the patch embedding is a linear layer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.ops.attention import AttentionPlan, packed_attention
+from modeling.siglip.config import SiglipConfig
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patch pixels plus a learned position."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, position: Tensor) -> Tensor:
+        return self.patch_embedding(patches) + self.position_embedding(position)
+
+
+class SiglipAttention(nn.Module):
+    """Every patch of an image sees every other."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(packed_attention(q, k, v, plan).flatten(1))
+
+
+class SiglipMLP(nn.Module):
+    """Two layers with a tanh-approximated GELU."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipEncoderLayer(nn.Module):
+    """Pre-norm block."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), plan)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class SiglipVisionTransformer(nn.Module):
+    """Embeddings, layers, final norm; no pooling head."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.embeddings = SiglipEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
+        x = self.embeddings(patches, position)
+        for layer in self.encoder.layers:
+            x = layer(x, plan)
+        return self.post_layernorm(x)
+
+
+class SiglipVisionModel(nn.Module):
+    """The tower under the name it has in checkpoints (`vision_model`)."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = SiglipVisionTransformer(config)
+
+    def forward(self, patches: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
+        """Encode packed patches.
+
+        Args:
+            patches: `v (p p 3)` float in [-1, 1].
+            position: `v` int64, places in the position table.
+            plan: one `full` split per image.
+
+        Returns:
+            `v d`.
+        """
+        return self.vision_model(patches, position, plan)
