@@ -175,6 +175,10 @@ class AutoEncoder(nn.Module):
             if noise.shape != z.shape:
                 raise ValueError(f"noise is {tuple(noise.shape)}, the latents are {tuple(z.shape)}")
             z = z + torch.exp(0.5 * logvar) * noise
+        return self.scaled(z)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Posterior samples or means, any shape, brought to about unit variance."""
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:

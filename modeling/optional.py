@@ -23,9 +23,17 @@ def require(module: str, *, package: str, extra: str, why: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ImportError(f"{why} needs {package}, which is not installed: {_remedy(package, extra)}") from error
-        raise ImportError(f"{why} needs {package}, which lacks {error.name}: {_remedy(package, extra)}") from error
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or without its driver fails like this
+            raise ImportError(
+                f"{why} needs {package}, which is not installed: {_remedy(package, extra)}"
+            ) from error
+        raise ImportError(
+            f"{why} needs {package}, which lacks {error.name}: {_remedy(package, extra)}"
+        ) from error
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a build for another torch or without its driver fails like this
         raise ImportError(
             f"{why} needs {package}, which is installed but cannot be imported ({error}): {_remedy(package, extra)}"
         ) from error

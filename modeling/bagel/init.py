@@ -9,6 +9,8 @@ from torch import Tensor
 from modeling.bagel.config import BagelConfig
 from modeling.ops.patch import sincos_table
 
+ZERO_START = ("llm2vae.", "heads.box.out.2.")
+"""The velocity, and the box head's corrections, start at nothing."""
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "out_proj", "fc2")
 
 
@@ -31,13 +33,13 @@ def initial_value(name: str, shape: torch.Size, config: BagelConfig, seed: int) 
         seed: of the run.
 
     Returns:
-        float32. Norms 1, biases and the velocity projection 0, matrices normal: the decoder's with `initializer_range`, others with
+        float32. Norms 1, biases and what is in ZERO_START 0, matrices normal: the decoder's with `initializer_range`, others with
         1/sqrt(fan in); projections back into a residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
     """
     tables = fixed_tables(config) if name.endswith("pos_embed.pos_embed") else {}
     if name in tables:
         return tables[name]
-    if name.endswith("bias") or name.startswith("llm2vae."):
+    if name.endswith("bias") or name.startswith(ZERO_START):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)

@@ -13,7 +13,8 @@ class BoxHead(nn.Module):
     """The anchor's state looks for its object in the grid; what it sees there, and where, gives the box.
 
     Each of `num_heads` queries makes a map over the patches. The maps' means and spreads of place, and the features
-    gathered with them, go through an MLP to centre and size.
+    gathered with them, go through an MLP to a size and to a correction of the centre, which starts at the mean of the first map:
+    looking at the right place is then already a box, and the gradient says where to look from the first step on.
     """
 
     def __init__(self, *, hidden_size: int, grid_size: int, patch_size: int, width: int = 128, num_heads: int = 4):
@@ -41,5 +42,6 @@ class BoxHead(nn.Module):
         spread = torch.einsum("rhn,rnx->rhx", maps, centre**2) - mean**2
         seen = torch.einsum("rhn,rnhe->rhe", maps.to(v.dtype), v).flatten(1)
         place = torch.cat([mean, spread.clamp(min=1e-6).sqrt()], dim=-1).flatten(1).to(query.dtype)
-        boxes = self.out(torch.cat([F.gelu(query), seen, place], dim=-1)).float().sigmoid()
+        change = self.out(torch.cat([F.gelu(query), seen, place], dim=-1)).float()
+        boxes = torch.cat([(mean[:, 0].logit(eps=1e-4) + change[:, :2]).sigmoid(), change[:, 2:].sigmoid()], dim=-1)
         return HeadOutput(boxes=centre_to_corners(boxes), mask_logits=boxes.new_zeros(0))

@@ -1,0 +1,354 @@
+"""Inference on a KV cache: the same layout, embedding and layers as training, one segment at a time.
+
+A `Context` is a batch of sequences that grow together. `Decoder.prefill` appends one segment to each; `write` lets the model
+write text; `draw` samples images; `perceive` reads the boxes and masks of anchors that the model wrote. Sequences of one batch never influence
+each other: each stops on its own end token, and guidance is renormalised per image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.layout import LayoutSpec, lay_out
+from data.packing import pack
+from data.tokens import SpecialTokens
+from data.types import PackedBatch, Sample, Segment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.latents import LatentEncoder
+from modeling.ops.flow import sampling_times, seeded_noise
+from modeling.ops.patch import unpatchify_latent
+from modeling.types import FeatureGrids, HeadOutput, ModelOutput
+
+
+class KVCache:
+    """Keys and values of every layer, `b capacity g e`, padded to the longest sequence.
+
+    Attributes:
+        lens: tokens each sequence holds; what lies behind is scratch space.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int):
+        self.lens = [0] * batch_size
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def write(self, layer: int, at: tuple[Tensor, Tensor], needed: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put packed `s g e` keys and values at (sequence, place) and return all `needed` first places, `b needed g e`."""
+        held = self._layers[layer]
+        capacity = held[0].shape[1] if held is not None else 0
+        if needed > capacity:
+            grown = [k.new_zeros(len(self.lens), max(needed, 2 * capacity), *k.shape[1:]) for _ in range(2)]
+            for new, old in zip(grown, held or (), strict=False):
+                new[:, :capacity] = old
+            held = self._layers[layer] = (grown[0], grown[1])
+        assert held is not None
+        held[0][at], held[1][at] = k, v
+        return held[0][:, :needed], held[1][:, :needed]
+
+
+class CachedAttention:
+    """Attention of new tokens over the cache and themselves; the model's `attend` at inference.
+
+    Args:
+        cache: written to, but not advanced.
+        lens: new tokens of each sequence, packed in order.
+        causal: new tokens see each other causally (text) or all (an image).
+        device: of the model.
+    """
+
+    def __init__(self, cache: KVCache, lens: Sequence[int], *, causal: bool, device: torch.device):
+        new, past = torch.tensor(lens, device=device), torch.tensor(cache.lens, device=device)
+        self.cache, self.needed = cache, int((new + past).max())
+        longest = max(int(new.max()), 1)
+        place = torch.arange(longest, device=device)
+        valid = place[None] < new[:, None]
+        sequence, self.place = valid.nonzero(as_tuple=True)
+        self.sequence = sequence
+        self.target = (sequence, past[sequence] + self.place)
+        # Padded queries may look at the first key, so that no row is empty.
+        limit = past[:, None] + (place[None] + 1 if causal else new[:, None].expand(-1, longest))
+        keys = torch.arange(self.needed, device=device)
+        self.allowed = (keys[None, None] < limit.clamp(min=1)[:, :, None])[:, None]
+        self.shape = (len(lens), longest)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.write(layer, self.target, self.needed, k, v)
+        padded = q.new_zeros(*self.shape, *q.shape[1:])
+        padded[self.sequence, self.place] = q
+        out = F.scaled_dot_product_attention(
+            padded.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self.allowed,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2)[self.sequence, self.place]
+
+
+@dataclass(slots=True)
+class Context:
+    """A batch of sequences: what the cache holds, the rotary counters, and each sequence's last picture (grids, which of them)."""
+
+    cache: KVCache
+    position: list[int]
+    seen: list[tuple[FeatureGrids, int] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Text of one sequence: its `ids` without begin and end, and the states of the anchors in it as (head, `d`), in order."""
+
+    ids: list[int]
+    anchors: list[tuple[str, Tensor]]
+    finished: bool
+
+
+Renorm = Literal["global", "channel", "text_channel"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawOptions:
+    """How images are sampled. Times run from 1 (noise) to 0 (data); guidance acts where `lo < t <= hi` of `cfg_interval`."""
+
+    num_timesteps: int = 50
+    timestep_shift: float = 1.0
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: Renorm = "global"
+
+
+class Decoder:
+    """Runs a trained model on contexts.
+
+    Args:
+        model: in eval mode.
+        encoder: the VAE and its latent patches.
+        spec, special: layout and tokens of the model directory.
+    """
+
+    def __init__(self, model: Bagel, encoder: LatentEncoder, spec: LayoutSpec, special: SpecialTokens):
+        self.model, self.encoder, self.spec, self.special = model, encoder, spec, special
+        self.device = model.vae2llm.weight.device
+
+    def start(self, batch_size: int) -> Context:
+        """An empty context of so many sequences."""
+        cache = KVCache(self.model.config.llm.num_hidden_layers, batch_size)
+        return Context(cache, [0] * batch_size, [None] * batch_size)
+
+    @torch.inference_mode()
+    def prefill(self, context: Context, segments: Sequence[Segment]) -> ModelOutput:
+        """Append one segment to every sequence.
+
+        Args:
+            context: grows in place.
+            segments: one per sequence. A `dropped` one leaves its sequence as it is (an image leaves its gap of one position); the
+                others are all of one kind, and none is a `gen_image`.
+
+        Returns:
+            the model's output for the new tokens; logits at supervised text.
+
+        Raises:
+            ValueError: if the segments are of several kinds or more or fewer than the sequences.
+        """
+        kinds = {s.kind for s in segments if not s.dropped}
+        if len(segments) != len(context.position) or len(kinds) > 1 or "gen_image" in kinds:
+            raise ValueError(
+                f"{len(segments)} segments of kinds {sorted(kinds)} for {len(context.position)} sequences; prompts of one batch "
+                "need their pictures and texts in the same order"
+            )
+        batch = self._pack(context, segments)
+        output = self._run(context, batch, self.encoder(batch).noised, causal=kinds <= {"text"})
+        if "und_image" in kinds:
+            shown = [i for i, s in enumerate(segments) if not s.dropped]
+            for number, i in enumerate(shown):
+                context.seen[i] = (output.grids, number)
+        self._advance(context, segments)
+        return output
+
+    @torch.inference_mode()
+    def write(
+        self,
+        context: Context,
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+    ) -> list[Written]:
+        """Let every sequence write one text, begin token to end token; both stay in the context, as in training.
+
+        Args:
+            context: grows in place.
+            max_new_tokens: most tokens between begin and end.
+            choose: `b vocab` logits -> `b` ids (greedy).
+
+        Returns:
+            one text per sequence.
+        """
+        size = len(context.position)
+        head_of = {token: head for head, token in self.special.anchors.items() if head in self.model.heads}
+        offset = self.model.config.head_reads
+        ids: list[list[int]] = [[] for _ in range(size)]
+        anchors: list[list[tuple[str, Tensor]]] = [[] for _ in range(size)]
+        finished = [False] * size
+        feed: list[int | None] = [self.special.begin] * size
+        while any(token is not None for token in feed):
+            segments = [
+                Segment(kind="text", dropped=t is None, bare=True, ids=torch.tensor([t] if t is not None else []).long())
+                for t in feed
+            ]
+            batch = self._pack(context, segments)
+            batch = replace(batch, label_index=torch.arange(batch.num_tokens, device=self.device))
+            output = self._run(context, batch, self.encoder(batch).noised, causal=True)
+            self._advance(context, segments)
+            chosen = choose(output.logits.float()).tolist()
+            alive = [i for i, t in enumerate(feed) if t is not None]
+            for row, i in enumerate(alive):
+                fed, token = feed[i], chosen[row]
+                if offset == "self" and fed in head_of:
+                    anchors[i].append((head_of[fed], output.hidden[row]))
+                if fed == self.special.end:
+                    feed[i] = None
+                    continue
+                if token == self.special.end or len(ids[i]) == max_new_tokens:
+                    finished[i] = token == self.special.end
+                    feed[i] = self.special.end
+                    continue
+                if offset == "previous" and token in head_of:
+                    anchors[i].append((head_of[token], output.hidden[row]))
+                ids[i].append(token)
+                feed[i] = token
+        return [Written(*row) for row in zip(ids, anchors, finished, strict=True)]
+
+    @torch.inference_mode()
+    def perceive(self, context: Context, written: Sequence[Written]) -> list[list[tuple[str, HeadOutput]]]:
+        """Boxes and masks of the anchors each sequence wrote, about the picture it saw last; none without a picture."""
+        results: list[list[tuple[str, HeadOutput]]] = [[] for _ in written]
+        for i, (text, seen) in enumerate(zip(written, context.seen, strict=True)):
+            if seen is None:
+                continue
+            grids, number = seen
+            image = torch.tensor([number], device=self.device)
+            for head, hidden in text.anchors:
+                results[i].append((head, self.model.heads[head](hidden[None], image, grids)))
+        return results
+
+    @torch.inference_mode()
+    def velocity(self, context: Context, batch: PackedBatch, noised: Tensor, t: float) -> Tensor:
+        """Velocity `l (p p z)` of noised images at time `t` behind a context, which is left as it was."""
+        batch = replace(batch, gen_timestep=torch.full_like(batch.gen_timestep, t))
+        return self._run(context, batch, noised, causal=False).velocity
+
+    def blank_images(self, context: Context, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
+        """Target images of `(height, width)` pixels laid out behind a context."""
+        blanks = [Segment(kind="gen_image", pixels=torch.zeros(3, h, w, dtype=torch.uint8), timestep=1.0) for h, w in sizes]
+        return self._pack(context, blanks)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        context: Context,
+        sizes: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+        options: DrawOptions,
+        without_text: Context | None = None,
+        without_images: Context | None = None,
+    ) -> list[Tensor]:
+        """Sample one image per sequence.
+
+        Args:
+            context: everything the images depend on; left as it was.
+            sizes: height and width of each in pixels.
+            seeds: of each image's noise.
+            options: steps and guidance.
+            without_text: the context before the last text, for text guidance (needed if `cfg_text_scale` > 1).
+            without_images: the texts alone, for image guidance (needed if both scales are > 1).
+
+        Returns:
+            `3 hh ww` uint8 each.
+
+        Raises:
+            ValueError: if guidance asks for a context that is not given.
+        """
+        guided = options.cfg_text_scale > 1
+        by_image = guided and options.cfg_img_scale > 1
+        if (guided and without_text is None) or (by_image and without_images is None):
+            raise ValueError("guidance above 1 needs the context without text, and for images the one without images")
+        contexts = [context, *([without_text] if guided else []), *([without_images] if by_image else [])]
+        batches = [self.blank_images(c, sizes) for c in contexts if c is not None]
+        counts = [int(h * w) for h, w in batches[0].gen_hw.tolist()]
+        width = self.model.config.latent_token_width
+        noise = [seeded_noise(s, (n, width), self.device) for s, n in zip(seeds, counts, strict=True)]
+        x = torch.cat(noise)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        times = sampling_times(options.num_timesteps, options.timestep_shift).tolist()
+        low, high = options.cfg_interval
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            active = len(contexts) if low < now <= high else 1
+            v = [self.velocity(c, b, x, now) for c, b in zip(contexts[:active], batches, strict=False) if c is not None]
+            x = x - guide(v, owner, options) * (now - after)
+        return self._decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
+
+    def _decode(self, tokens: Tensor, grid: Sequence[tuple[int, int]]) -> list[Tensor]:
+        latents = [
+            unpatchify_latent(part, *hw, self.encoder.patch)
+            for part, hw in zip(tokens.split([h * w for h, w in grid]), grid, strict=True)
+        ]
+        images: list[Tensor] = []
+        for latent in latents:
+            pixels = self.encoder.vae.decode(latent[None].float())[0]
+            images.append(((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8))
+        return images
+
+    def _pack(self, context: Context, segments: Sequence[Segment]) -> PackedBatch:
+        samples = [Sample(segments=(s,)) for s in segments]
+        return pack(samples, self.spec, self.special, position_start=context.position).to(self.device)
+
+    def _run(self, context: Context, batch: PackedBatch, noised: Tensor, *, causal: bool) -> ModelOutput:
+        attend = CachedAttention(context.cache, batch.sample_lens, causal=causal, device=self.device)
+        return self.model(batch, noised, attend)
+
+    def _advance(self, context: Context, segments: Sequence[Segment]) -> None:
+        for i, segment in enumerate(segments):
+            layout = lay_out(segment, self.spec, self.special)
+            context.cache.lens[i] += layout.length
+            context.position[i] += layout.advance
+
+
+def guide(velocities: Sequence[Tensor], owner: Tensor, options: DrawOptions) -> Tensor:
+    """Classifier-free guidance with renormalisation, per image.
+
+    Args:
+        velocities: `l d` each: with everything; without the last text (optional); without images (optional).
+        owner: `l`, which image each latent patch belongs to.
+        options: scales and renormalisation.
+
+    Returns:
+        `l d`. The guided velocity is scaled down, never up, to the norm it had: per image (`global`), per patch
+        (`channel`), or per patch after text guidance and before image guidance (`text_channel`).
+
+    Source: upstream Bagel 056b5fd, whose `global` norm runs over all images of a batch; ours runs over each.
+    """
+    full = velocities[0]
+    if len(velocities) == 1:
+        return full
+
+    def renorm(guided: Tensor, *, per_image: bool) -> Tensor:
+        before, after = (x.square().sum(-1) for x in (full, guided))
+        if per_image:
+            size = int(owner.max()) + 1
+            before, after = (x.new_zeros(size).index_add(0, owner, x)[owner] for x in (before, after))
+        scale = (before.sqrt() / (after.sqrt() + 1e-8)).clamp(options.cfg_renorm_min, 1.0)
+        return guided * scale[:, None]
+
+    without_text = velocities[1]
+    guided = without_text + options.cfg_text_scale * (full - without_text)
+    if options.cfg_renorm_type == "text_channel":
+        guided = renorm(guided, per_image=False)
+    if len(velocities) == 3:
+        guided = velocities[2] + options.cfg_img_scale * (guided - velocities[2])
+    if options.cfg_renorm_type == "text_channel":
+        return guided
+    return renorm(guided, per_image=options.cfg_renorm_type == "global")

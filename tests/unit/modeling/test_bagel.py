@@ -1,0 +1,115 @@
+"""The whole model on packs: gradients add up over samples, nothing needs a modality to be there."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.packing import pack
+from data.types import Sample
+from modeling.bagel.bagel import Bagel
+from tests.unit.modeling.tiny import (
+    SPEC,
+    SPECIAL,
+    drawing_sample,
+    editing_sample,
+    every_sample,
+    made_up_latents,
+    perception_sample,
+    text_sample,
+    tiny_config,
+    tiny_model,
+)
+from train.objective import Objective
+
+WEIGHTS = {"ce": 1.0, "mse": 1.0, "box_l1": 2.0, "box_giou": 0.5, "mask_bce": 1.0, "mask_dice": 1.0}
+
+NO_GRADIENT_IN_EXACT_ARITHMETIC = ("k_proj.bias",)
+"""A bias added to every key of the ViT, which has no rotary positions, cancels in the softmax; what is left is rounding."""
+
+
+def gradients(model: Bagel, samples: list[Sample], counts: Tensor | None = None) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a pack, divided by `counts` (its own if None)."""
+    batch = pack(samples, SPEC, SPECIAL)
+    objective = Objective.build(WEIGHTS, model.config.heads)
+    flow = made_up_latents(batch)
+    model.zero_grad(set_to_none=True)
+    loss = objective.scalar(
+        objective.terms(model(batch, flow.noised), batch, flow),
+        objective.counts(batch) if counts is None else counts,
+    )
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_same_gradients(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        if name.startswith("vit_model") and name.endswith(NO_GRADIENT_IN_EXACT_ARITHMETIC):
+            continue
+        error = (x - b[name]).abs().max() / x.abs().max().clamp(min=1e-6)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("head_reads", ["self", "previous"])
+def test_gradients_of_a_pack_are_the_sum_over_its_samples(head_reads: str) -> None:
+    model = tiny_model(tiny_config(head_reads))
+    samples = every_sample()
+    counts = Objective.build(WEIGHTS, model.config.heads).counts(pack(samples, SPEC, SPECIAL))
+    loss, together = gradients(model, samples, counts)
+    alone = [gradients(model, [s], counts) for s in samples]
+    summed = {name: sum((g[name] for _, g in alone[1:]), alone[0][1][name].clone()) for name in together}
+    assert loss == pytest.approx(sum(part for part, _ in alone), rel=1e-5)
+    assert_same_gradients(together, summed)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [[], [text_sample()], [drawing_sample()], [perception_sample()], [editing_sample()]],
+    ids=["nothing", "text", "drawing", "perception", "editing"],
+)
+def test_every_parameter_has_a_gradient_whatever_is_missing(samples: list[Sample]) -> None:
+    model = tiny_model()
+    _, found = gradients(model, samples)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_nothing_trains_from_an_empty_pack() -> None:
+    loss, found = gradients(tiny_model(), [])
+    assert loss == 0
+    assert all(not g.any() for g in found.values())
+
+
+def test_pack_mates_do_not_change_a_sample() -> None:
+    model = tiny_model()
+
+    def hidden(samples: list[Sample]) -> Tensor:
+        batch = pack(samples, SPEC, SPECIAL)
+        return model(batch, made_up_latents(batch).noised).hidden
+
+    alone = hidden([editing_sample()])
+    among = hidden([text_sample(), editing_sample(), perception_sample()])
+    start = len(hidden([text_sample()]))
+    torch.testing.assert_close(among[start : start + len(alone)], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer"])
+def test_decoder_layouts_have_the_expert_copies_they_are_named_for(module: str) -> None:
+    model = tiny_model(tiny_config(layer_module=module))
+    gradients(model, every_sample())
+    names = [n for n, _ in model.named_parameters()]
+    has_own_mlp, has_own_attention = (any(part in n for n in names) for part in ("mlp_moe_gen", "q_proj_moe_gen"))
+    assert (has_own_mlp, has_own_attention) == {
+        "Qwen2DecoderLayer": (False, False),
+        "Qwen2MoEDecoderLayer": (True, False),
+        "Qwen2MoTDecoderLayer": (True, True),
+    }[module]
+
+
+def test_freeze_und_sends_no_gradient_into_the_understanding_side() -> None:
+    model = tiny_model(tiny_config(freeze_und=True))
+    _, found = gradients(model, [drawing_sample()])
+    for name in ("layers.0.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight", "embed_tokens.weight"):
+        gradient = found.get(f"language_model.model.{name}")
+        assert gradient is None or not gradient.any()
+    assert found["language_model.model.layers.0.mlp_moe_gen.up_proj.weight"].any()

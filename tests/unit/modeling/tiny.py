@@ -1,0 +1,111 @@
+"""A tiny model and tiny samples of every kind, for tests."""
+
+import torch
+from torch import Tensor
+
+from data.layout import LayoutSpec
+from data.tokens import SpecialTokens
+from data.types import PackedBatch, Region, Sample, Segment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.config import BagelConfig
+from modeling.bagel.init import initial_value
+from modeling.ops.flow import interpolate_path, seeded_noise
+from modeling.qwen2.config import Qwen2Config
+from modeling.siglip.config import SiglipConfig
+from modeling.types import FlowState
+
+SPECIAL = SpecialTokens(begin=1, end=2, image_start=3, image_end=4, anchors={"box": 5, "mask": 6})
+SPEC = LayoutSpec(vit_patch_size=8, vit_positions_per_side=8, latent_stride=16, latent_positions_per_side=4)
+LATENT_WIDTH = 64
+
+
+def tiny_config(head_reads: str = "self", **llm) -> BagelConfig:
+    """Sizes that run in milliseconds; grouped queries, both heads."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    return BagelConfig(
+        llm=Qwen2Config(**{**sizes, **llm}),
+        vit=SiglipConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=64
+        ),
+        max_latent_size=4,
+        vit_max_num_patch_per_side=8,
+        heads={"box": {"width": 16}, "mask": {"channels": 8}},
+        head_reads=head_reads,  # type: ignore[arg-type]
+    )
+
+
+def tiny_model(config: BagelConfig | None = None, seed: int = 0) -> Bagel:
+    """Random everywhere, also where a fresh model has zeros, so that no term can vanish unnoticed."""
+    model = Bagel(config or tiny_config())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(name, p.shape, model.config, seed))
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def picture(seed: int, height: int = 64, width: int = 64) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def text(*ids: int, **rest) -> Segment:
+    return Segment(kind="text", ids=torch.tensor(ids), **rest)
+
+
+def perception_sample() -> Sample:
+    """A picture, a question, an answer with a box and a mask."""
+    mask = (picture(9)[0] > 127).to(torch.uint8)
+    return Sample(
+        segments=(
+            Segment(kind="und_image", pixels=picture(1)),
+            text(10, 11),
+            text(5, 12, 6, supervised=True),
+        ),
+        regions=(
+            Region(head="box", segment=2, token=0, image=0, box=torch.tensor([0.1, 0.2, 0.5, 0.6])),
+            Region(head="mask", segment=2, token=2, image=0, mask=mask),
+        ),
+    )
+
+
+def drawing_sample() -> Sample:
+    """Text to image."""
+    return Sample(
+        segments=(text(10, 11, 12), Segment(kind="gen_image", pixels=picture(2), timestep=0.3, noise_seed=1))
+    )
+
+
+def editing_sample() -> Sample:
+    """A picture in both roles, an instruction, the edited picture, then the answer text; not square."""
+    return Sample(
+        segments=(
+            Segment(kind="cond_image", pixels=picture(3, 32, 64), noise_seed=5),
+            Segment(kind="und_image", pixels=picture(3, 32, 64)),
+            text(20, 21),
+            Segment(kind="gen_image", pixels=picture(4, 32, 64), timestep=0.7, noise_seed=2),
+            text(9, 8, supervised=True),
+        )
+    )
+
+
+def text_sample() -> Sample:
+    return Sample(segments=(text(10, 11, 12), text(13, 14, supervised=True)))
+
+
+def every_sample() -> list[Sample]:
+    return [perception_sample(), drawing_sample(), editing_sample(), text_sample()]
+
+
+def made_up_latents(batch: PackedBatch) -> FlowState:
+    """Latents that depend on each image's seed only, in place of a VAE."""
+    shapes = [(int(h * w), LATENT_WIDTH) for h, w in batch.gen_hw.tolist()]
+    seeds = batch.gen_seed.tolist()
+    nothing = torch.zeros(0, LATENT_WIDTH)
+    z = torch.cat([nothing, *(seeded_noise(s + 100, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))])
+    e = torch.cat([nothing, *(seeded_noise(s, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))])
+    return FlowState(latents=z, noise=e, noised=interpolate_path(z, e, batch.gen_timestep))
