@@ -69,13 +69,19 @@ class Inferencer:
     """A trained model with its tokenizer, transforms and VAE."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, vit_transform: ImageTransform, vae_transform: ImageTransform
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        vit_transform: ImageTransform,
+        vae_transform: ImageTransform,
     ):
         self.decoder, self.tokenizer = decoder, tokenizer
         self._transforms = {"und_image": vit_transform, "cond_image": vae_transform}
 
     @staticmethod
-    def from_model_dir(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> "Inferencer":
+    def from_model_dir(
+        path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+    ) -> "Inferencer":
         """Load a model directory in the published layout.
 
         Raises:
@@ -91,7 +97,9 @@ class Inferencer:
     def answer(self, requests: Sequence[Prompt], max_new_tokens: int = 512) -> list[Answer]:
         """Let the model answer in text; boxes and masks come where it writes `<BOX>` and `<SEG>` itself."""
         pictures = [tuple(_open(p) for p in r.images) for r in requests]
-        prompts = [self._prompt(r.text, seen, ("und_image",)) for r, seen in zip(requests, pictures, strict=True)]
+        prompts = [
+            self._prompt(r.text, seen, ("und_image",)) for r, seen in zip(requests, pictures, strict=True)
+        ]
         context = self._read(prompts)
         written = self.decoder.write(context, max_new_tokens)
         found = self.decoder.perceive(context, written)
@@ -140,7 +148,9 @@ class Inferencer:
         prompts = [self._prompt(r.text, seen, roles) for r, seen in zip(requests, pictures, strict=True)]
         context = self._read(prompts)
         without_text = self._read([_before_last_text(p) for p in prompts]) if cfg_text_scale > 1 else None
-        without_images = self._read([[s for s in p if s.kind == "text"] for p in prompts]) if cfg_img_scale > 1 else None
+        without_images = (
+            self._read([[s for s in p if s.kind == "text"] for p in prompts]) if cfg_img_scale > 1 else None
+        )
         texts = self._write_first(context, [r.answer_first for r in requests], max_new_tokens)
         images = self.decoder.draw(
             context,
@@ -156,7 +166,9 @@ class Inferencer:
         if not any(wanted):
             return [""] * len(wanted)
         if not all(wanted):
-            raise ValueError("prompts that write first and prompts that draw at once cannot share a batch; ask them apart")
+            raise ValueError(
+                "prompts that write first and prompts that draw at once cannot share a batch; ask them apart"
+            )
         written: list[Written] = self.decoder.write(context, max_new_tokens)
         return [self.tokenizer.decode(w.ids) for w in written]
 
@@ -168,7 +180,9 @@ class Inferencer:
         """Every prompt's segments, one round after the other; what has come to its end sits out."""
         context = self.decoder.start(len(prompts))
         for i in range(max(map(len, prompts), default=0)):
-            self.decoder.prefill(context, [p[i] if i < len(p) else Segment(kind="text", dropped=True) for p in prompts])
+            self.decoder.prefill(
+                context, [p[i] if i < len(p) else Segment(kind="text", dropped=True) for p in prompts]
+            )
         return context
 
 
@@ -218,5 +232,7 @@ def _read_transforms(file: Path) -> dict[str, ImageTransform]:
             values = json.loads(file.read_text())
             return {name: ImageTransform(**values[name]) for name in ("vit", "vae")}
         except (json.JSONDecodeError, TypeError, KeyError, ValueError) as e:
-            raise ValueError(f"{file}: expected vit and vae with max_image_size, min_image_size, stride ({e!r})") from e
+            raise ValueError(
+                f"{file}: expected vit and vae with max_image_size, min_image_size, stride ({e!r})"
+            ) from e
     return {name: ImageTransform(**values[name]) for name in ("vit", "vae")}

@@ -201,26 +201,18 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.num_groups
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        width_in = config.ch
-        for i, width in enumerate(widths):
-            level = nn.Module()
-            level.block = _blocks(config.num_res_blocks, width_in, width, groups)
-            if i + 1 < len(widths):
-                level.downsample = Downsample(width)
-            self.down.append(level)
-            width_in = width
-        self.mid = Middle(width_in, groups)
-        self.norm_out = _norm(width_in, groups)
-        self.conv_out = nn.Conv2d(width_in, 2 * config.z_channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(widths[max(i - 1, 0)], width, config, is_last=i + 1 == len(widths))
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -232,25 +224,42 @@ class Decoder(nn.Module):
         widths, groups = config.widths, config.num_groups
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = nn.Module()
-            width_in = widths[min(i + 1, len(widths) - 1)]
-            level.block = _blocks(config.num_res_blocks + 1, width_in, width, groups)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+        self.up = nn.ModuleList(
+            UpLevel(widths[min(i + 1, len(widths) - 1)], width, config, is_last=i == 0)
+            for i, width in enumerate(widths)
+        )
         self.norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class DownLevel(nn.Module):
+    """The encoder's blocks of one width, then half the sides unless it is the last level."""
+
+    def __init__(self, width_in: int, width: int, config: AutoEncoderConfig, *, is_last: bool):
+        super().__init__()
+        self.block = _blocks(config.num_res_blocks, width_in, width, config.num_groups)
+        self.downsample = nn.Identity() if is_last else Downsample(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.block(x))
+
+
+class UpLevel(nn.Module):
+    """The decoder's blocks of one width, then twice the sides unless it is the last level."""
+
+    def __init__(self, width_in: int, width: int, config: AutoEncoderConfig, *, is_last: bool):
+        super().__init__()
+        self.block = _blocks(config.num_res_blocks + 1, width_in, width, config.num_groups)
+        self.upsample = nn.Identity() if is_last else Upsample(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(self.block(x))
 
 
 class Middle(nn.Module):
@@ -275,13 +284,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = _norm(width, groups)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        if width_in != width:
-            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+        self.nin_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + y
 
 
 class AttnBlock(nn.Module):
@@ -324,8 +332,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def _blocks(count: int, width_in: int, width: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(count))
+def _blocks(count: int, width_in: int, width: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(*(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(count)))
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:

@@ -32,6 +32,12 @@ def initial_values(config: BagelConfig, seed: int) -> Callable[[str, torch.Size]
     return lambda name, shape: initial_value(name, shape, config, seed)
 
 
+def weights_kind(model_dir: str | Path, *, prefer_ema: bool) -> str:
+    """`ema` or `model`: the preferred one if the directory has it, else the one it has."""
+    kinds = ("ema", "model") if prefer_ema else ("model", "ema")
+    return next((kind for kind in kinds if (Path(model_dir) / WEIGHTS[kind]).is_file()), kinds[0])
+
+
 def stored_values(model_dir: str | Path, model: Bagel, weights: str) -> Callable[[str, torch.Size], Tensor]:
     """Values of a checkpoint in the published layout, read one tensor at a time.
 

@@ -46,7 +46,8 @@ class Objective:
         totals = [LOSSES[name].total(output, batch, flow) for name in self.weights]
         counts = self.counts(batch)
         return tuple(
-            LossTerm(name=n, total=t, count=c) for n, t, c in zip(self.weights, totals, counts.unbind(), strict=True)
+            LossTerm(name=n, total=t, count=c)
+            for n, t, c in zip(self.weights, totals, counts.unbind(), strict=True)
         )
 
     def scalar(self, terms: tuple[LossTerm, ...], global_counts: Tensor) -> Tensor:

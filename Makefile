@@ -1,0 +1,59 @@
+# make demo    environment, data, training, evaluation: runs/quickstart/ (about 25 minutes on 2 cores)
+# make test    environment, whole test suite
+# make check   format, lint, types, quick unit tests: before every commit
+
+VENV ?= .venv
+RUN ?= runs/quickstart
+PYTHON ?=
+PYTEST_ARGS ?=
+
+# Two processes on two cores spin against each other's threads unless each has one.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# An environment variable of this name would put another checkout's modules before ours.
+unexport PYTHONPATH
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help environment demo check test test-unit test-dist test-e2e parity-free bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+environment: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt scripts/make_environment.sh
+	PYTHON="$(PYTHON)" bash scripts/make_environment.sh "$(VENV)" requirements-dev.txt
+	touch $@
+
+demo: $(READY)
+	bash scripts/quickstart.sh "$(BIN)" "$(RUN)"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/unit -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test: $(READY)
+	$(BIN)/pytest tests $(PYTEST_ARGS)
+
+test-unit: $(READY)
+	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+test-dist: $(READY)
+	$(BIN)/pytest tests/distributed $(PYTEST_ARGS)
+
+test-e2e: $(READY)
+	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+# Everything but the comparisons with independent implementations, which import the heavy packages.
+parity-free: $(READY)
+	$(BIN)/pytest tests --ignore=tests/parity $(PYTEST_ARGS)
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "# $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,317 @@
+"""Messages with `<image>` -> segments: the one place that knows in which order a conversation's texts and pictures stand.
+
+A row's `message` (or LLaVA's `conversations`) becomes `Turn`s, turns and pictures become `Segment`s and `Region`s. Dataset
+classes call `build_sample`; inference calls `prompt_segments` (or the two makers of single segments, when it feeds them one by
+one), which go through the same code, so that a prompt is exactly the beginning of a training sample.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.dataset_base import SkipSample, Transform
+from data.tokens import ANCHORS, Tokenizer
+from data.types import EMPTY_BOX, EMPTY_MASK, Kind, Region, Sample, Segment
+
+IMAGE = "<image>"
+HEADS = {token: head for head, token in ANCHORS.items()}
+_LEADING_IMAGES = re.compile(rf"(\s*{IMAGE})*\s*")
+_ANCHOR = re.compile("|".join(re.escape(token) for token in HEADS))
+
+Role = Literal["human", "gpt"]
+Picture = tuple[Segment, ...]
+"""The segments one picture gives: `(und,)`, `(cond, und)` or `(gen,)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a `<BOX>` or `<SEG>` stands for, while its place in the sample is not known yet.
+
+    Attributes:
+        head: the perception head (`box`, `mask`).
+        name: what it is, for people.
+        image: which of the row's pictures, counted from 0.
+        box: `4` xyxy in [0, 1].
+        mask: `hh ww` uint8 0/1 of the transformed picture.
+    """
+
+    head: str
+    name: str = ""
+    image: int = 0
+    box: Tensor = EMPTY_BOX
+    mask: Tensor = EMPTY_MASK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one side says. `targets` belong to the `<BOX>` and `<SEG>` of the text, in order."""
+
+    role: Role
+    text: str
+    targets: tuple[Target, ...] = ()
+
+
+def image_segment(
+    kind: Kind,
+    image: Image.Image,
+    transform: Transform | None,
+    num_images: int = 1,
+    *,
+    droppable: bool = False,
+) -> Segment:
+    """A picture in one role, in the transform of its tower.
+
+    Args:
+        kind: its role.
+        image: the original.
+        transform: the ViT's for `und_image`, the VAE's for the others; a class that uses one lists it in `needs`.
+        num_images: how many pictures the sample has.
+        droppable: may be left out by condition dropout.
+    """
+    assert transform is not None, "TaskDataset.needs lists what a class uses; the YAML is checked against it"
+    return Segment(kind=kind, pixels=transform(image, num_images), droppable=droppable)
+
+
+def text_segments(
+    text: str, tokenizer: Tokenizer, *, supervised: bool = False, droppable: bool = False
+) -> tuple[Segment, ...]:
+    """A text as it stands in a sample: a question is stripped, an answer is not, and a blank text is no segment."""
+    if not text.strip():
+        return ()
+    ids = tokenizer.encode(text if supervised else text.strip())
+    return (Segment(kind="text", ids=ids, supervised=supervised, droppable=droppable),)
+
+
+def read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The turns of a row's `message` or `conversations`.
+
+    Raises:
+        SkipSample: `bad_message` if there is none or a turn is not `{"from": "human" | "gpt", "value": text}`.
+    """
+    messages = row.get("message", row.get("conversations"))
+    if not isinstance(messages, list) or not messages:
+        raise SkipSample("bad_message", "the row has no `message` (or `conversations`) list")
+    turns = []
+    for i, message in enumerate(messages):
+        role, text = (
+            (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
+        )
+        if role not in ("human", "gpt") or not isinstance(text, str):
+            raise SkipSample(
+                "bad_message",
+                f'turn {i} must be {{"from": "human" or "gpt", "value": text}}, not {message!s:.80}',
+            )
+        turns.append(Turn(role=cast(Role, role), text=text))
+    return tuple(turns)
+
+
+def read_image_names(row: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
+    """Picture paths under the first of `keys` that the row has: a path, `{"path": …}`, or a list of either.
+
+    Raises:
+        SkipSample: `bad_image_list` if it is something else.
+    """
+    value: Any = next((row[key] for key in keys if row.get(key)), [])
+    names: list[str] = []
+    for entry in value if isinstance(value, list) else [value]:
+        name = entry.get("path") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or not name:
+            raise SkipSample("bad_image_list", f"{' or '.join(keys)} must hold paths, not {value!s:.80}")
+        names.append(name)
+    return tuple(names)
+
+
+def attach_targets(turns: Iterable[Turn], targets: Mapping[str, Sequence[Target]]) -> tuple[Turn, ...]:
+    """Give every `<BOX>` and `<SEG>` of the answers the next target of its head.
+
+    Raises:
+        SkipSample: `object_count` if there are more of one than of the other.
+    """
+    waiting = {head: iter(targets.get(head, ())) for head in ANCHORS}
+    attached = []
+    for turn in turns:
+        heads = [HEADS[token] for token in _ANCHOR.findall(turn.text)] if turn.role == "gpt" else []
+        taken = tuple(_next_target(waiting[head], turn.text) for head in heads)
+        attached.append(replace(turn, targets=taken))
+    for head, rest in waiting.items():
+        if more := len(list(rest)):
+            raise SkipSample(
+                "object_count", f"the row has {more} more objects than the answers have {ANCHORS[head]}"
+            )
+    return tuple(attached)
+
+
+def lead_with_images(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
+    """Put `count` placeholders before the first turn, unless some human turn has its own."""
+    if any(IMAGE in turn.text for turn in turns if turn.role == "human"):
+        return tuple(turns)
+    return (replace(turns[0], text=IMAGE * count + turns[0].text), *turns[1:])
+
+
+def end_with_images(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
+    """Put `count` placeholders after the last answer, unless some answer has its own."""
+    if any(IMAGE in turn.text for turn in turns if turn.role == "gpt"):
+        return tuple(turns)
+    if turns[-1].role != "gpt":
+        turns = (*turns, Turn(role="gpt", text=""))
+    return (*turns[:-1], replace(turns[-1], text=turns[-1].text + IMAGE * count))
+
+
+def choose_exchanges(
+    turns: Sequence[Turn], rng: np.random.Generator, *, shuffle: bool, max_exchanges: int = 0
+) -> tuple[Turn, ...]:
+    """Some of a conversation's question-and-answer exchanges, which must not lean on each other.
+
+    Pictures at the beginning of the first question stay at the beginning. A conversation with pictures elsewhere is given
+    back as it is.
+
+    Args:
+        turns: the whole conversation.
+        rng: decides which and in which order.
+        shuffle: in random order, not in theirs.
+        max_exchanges: how many at most; 0 = all.
+    """
+    opening = _LEADING_IMAGES.match(turns[0].text)
+    assert opening  # matches the empty text
+    leading, body = IMAGE * opening.group().count(IMAGE), turns[0].text[opening.end() :]
+    free = (replace(turns[0], text=body), *turns[1:])
+    if turns[0].role != "human" or any(IMAGE in turn.text for turn in free):
+        return tuple(turns)
+
+    starts = [
+        i for i, turn in enumerate(free) if turn.role == "human" and (i == 0 or free[i - 1].role == "gpt")
+    ]
+    exchanges = [free[a:b] for a, b in zip(starts, [*starts[1:], len(free)], strict=True)]
+    order = rng.permutation(len(exchanges))[: max_exchanges or None]
+    if not shuffle:
+        order = np.sort(order)
+    first, *rest = (turn for i in order for turn in exchanges[i])
+    return (replace(first, text=leading + first.text), *rest)
+
+
+def build_sample(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    *,
+    images: Sequence[Picture] = (),
+    drawn: Sequence[Picture] = (),
+    drop_text: bool = False,
+    task: str,
+) -> Sample:
+    """A conversation as a sample.
+
+    Args:
+        turns: what is said; human placeholders take from `images`, those of the answers from `drawn`.
+        tokenizer: of the model.
+        images, drawn: what each picture emits.
+        drop_text: human texts may be left out by condition dropout.
+        task: for logs and for the table of a pack.
+
+    Raises:
+        SkipSample: `image_count`, `object_count`, or `no_target` if nothing of the sample could be learnt.
+        ValueError: if the tokenizer has no token for a target's head.
+    """
+    segments, regions = _lay_out(turns, tokenizer, images, drawn, drop_text)
+    if not any(s.supervised or s.kind == "gen_image" for s in segments):
+        raise SkipSample("no_target", "the row has neither an answer nor a picture to draw")
+    return Sample(segments=segments, regions=regions, task=task)
+
+
+def prompt_segments(text: str, tokenizer: Tokenizer, images: Sequence[Picture] = ()) -> tuple[Segment, ...]:
+    """The segments of a question, the same as in a training sample; without placeholders the pictures stand first.
+
+    Raises:
+        SkipSample: `image_count` if the text has another number of placeholders than there are pictures.
+    """
+    turns = lead_with_images([Turn(role="human", text=text)], len(images))
+    return _lay_out(turns, tokenizer, images, (), drop_text=False)[0]
+
+
+def _lay_out(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    images: Sequence[Picture],
+    drawn: Sequence[Picture],
+    drop_text: bool,
+) -> tuple[tuple[Segment, ...], tuple[Region, ...]]:
+    _check_placeholders(turns, "human", len(images))
+    _check_placeholders(turns, "gpt", len(drawn))
+    # One iterator over all turns: the second turn's first placeholder is not the first picture again.
+    waiting = {"human": iter(images), "gpt": iter(drawn)}
+    segments: list[Segment] = []
+    places: list[int] = []  # of each picture's und_image
+    anchored: list[tuple[Target, int, int]] = []
+    for turn in turns:
+        targets = iter(turn.targets)
+        for part in _parts(turn):
+            if part == IMAGE:
+                picture = next(waiting[turn.role])
+                if turn.role == "human":
+                    kinds = [segment.kind for segment in picture]
+                    places.append(len(segments) + kinds.index("und_image") if "und_image" in kinds else -1)
+                segments.extend(picture)
+                continue
+            supervised = turn.role == "gpt"
+            droppable = drop_text and not supervised
+            for segment in text_segments(part, tokenizer, supervised=supervised, droppable=droppable):
+                for token in _anchor_places(segment.ids, part, tokenizer):
+                    anchored.append((_next_target(targets, part), len(segments), token))
+                segments.append(segment)
+    return tuple(segments), tuple(_place(*entry, places) for entry in anchored)
+
+
+def _parts(turn: Turn) -> list[str]:
+    """Texts and `<image>`s of a turn in order; a turn without pictures stays as it was written."""
+    parts = re.split(f"({IMAGE})", turn.text)
+    return parts if len(parts) == 1 else [part.strip() for part in parts]
+
+
+def _check_placeholders(turns: Sequence[Turn], role: Role, pictures: int) -> None:
+    placeholders = sum(turn.text.count(IMAGE) for turn in turns if turn.role == role)
+    if placeholders != pictures:
+        given = "input" if role == "human" else "output"
+        raise SkipSample(
+            "image_count",
+            f"the {role} turns have {placeholders} {IMAGE}, the row has {pictures} {given} pictures",
+        )
+
+
+def _anchor_places(ids: Tensor, text: str, tokenizer: Tokenizer) -> list[int]:
+    heads = [HEADS[token] for token in _ANCHOR.findall(text)]
+    for head in heads:
+        if head not in tokenizer.special.anchors:
+            raise ValueError(
+                f"{tokenizer.path}: the vocabulary lacks {ANCHORS[head]}; add it to train the {head} head"
+            )
+    anchors = set(tokenizer.special.anchors.values())
+    return [place for place, token in enumerate(ids.tolist()) if token in anchors]
+
+
+def _next_target(targets: Iterator[Target], text: str) -> Target:
+    target = next(targets, None)
+    if target is None:
+        raise SkipSample("object_count", f"{text[:60]!r} has a {' or '.join(HEADS)} without an object")
+    return target
+
+
+def _place(target: Target, segment: int, token: int, places: Sequence[int]) -> Region:
+    image = places[target.image] if 0 <= target.image < len(places) else -1
+    if image < 0:
+        raise SkipSample(
+            "object_image",
+            f"object {target.name!r} lies in picture {target.image}, which the row does not show",
+        )
+    return Region(
+        head=target.head,
+        segment=segment,
+        token=token,
+        image=image,
+        box=target.box,
+        mask=target.mask,
+        name=target.name,
+    )

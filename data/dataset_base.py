@@ -1,0 +1,183 @@
+"""What a dataset class is: `to_sample(record, rng) -> Sample`, and what every sample gets afterwards.
+
+A dataset class is one file and one row in `DATASET_REGISTRY` (data/dataset_info.py). It says how a record
+becomes segments and regions and nothing else: order, dropout of conditions, timesteps, noise seeds and the
+checks below are the same for all.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.readers import Record, SkipSample
+from data.tokens import Tokenizer
+from data.types import Region, Sample, Segment
+
+__all__ = [
+    "DropoutSpec",
+    "Record",
+    "SkipSample",
+    "TaskDataset",
+    "Transform",
+    "finish_sample",
+    "require_mask_size",
+]
+
+Transform = Callable[..., Tensor]
+"""`(image, num_images=1) -> 3 hh ww` uint8, see data/transforms."""
+
+BOX_TOLERANCE = 1e-4
+"""How far a box may stand over the picture's edge (rounding in annotation tools)."""
+
+
+class TaskDataset(ABC):
+    """Turns records into samples.
+
+    A subclass adds its own keyword arguments to `__init__`; the YAML may set each of them by name.
+
+    Args:
+        tokenizer: encodes the texts.
+        vit_transform: picture -> pixels for the ViT, or None if the YAML has no such block.
+        vae_transform: the same for the VAE.
+    """
+
+    source_format: ClassVar[str] = "jsonl"
+    """What the class reads; a data location has it under `jsonl_path`, `tar_path` or `coco_path`."""
+
+    image_transform_role: ClassVar[Literal["vae", "vit"]] = "vae"
+    """Which of them the YAML block `image_transform_args` means (published `vlm_sft`: that of the ViT)."""
+
+    needs: ClassVar[tuple[Literal["vae", "vit"], ...]] = ()
+    """Transforms the class cannot do without; checked when the YAML is read."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        vit_transform: Transform | None = None,
+        vae_transform: Transform | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.vit_transform = vit_transform
+        self.vae_transform = vae_transform
+
+    @abstractmethod
+    def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
+        """The sample of a record: a pure function of its two arguments.
+
+        Raises:
+            SkipSample: if the record cannot be used.
+        """
+
+    @classmethod
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The keyword arguments that the YAML may set."""
+        own = {"self", "tokenizer", "vit_transform", "vae_transform"}
+        parameters = inspect.signature(cls.__init__).parameters
+        named = {n: p for n, p in parameters.items() if n not in own and p.kind is not p.VAR_KEYWORD}
+        return {n: p for n, p in named.items() if p.kind is not p.VAR_POSITIONAL}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropoutSpec:
+    """How often a droppable condition is left out, by what it is."""
+
+    text: float = 0.0
+    vit: float = 0.0
+    vae: float = 0.0
+
+
+def finish_sample(
+    sample: Sample, rng: np.random.Generator, dropout: DropoutSpec, timestep_shift: float
+) -> Sample:
+    """Check a sample and make its random choices: dropped conditions, timesteps, noise seeds.
+
+    Args:
+        sample: what a dataset class made.
+        rng: of this sample alone.
+        dropout: probabilities of leaving out droppable segments.
+        timestep_shift: `s` of `t -> s t / (1 + (s - 1) t)`; above 1 trains more on noisy latents.
+
+    Raises:
+        SkipSample: if a region is unusable, or there is nothing to learn.
+    """
+    check_sample(sample)
+    probability = {
+        "text": dropout.text,
+        "und_image": dropout.vit,
+        "cond_image": dropout.vae,
+        "gen_image": 0.0,
+    }
+    segments: list[Segment] = []
+    for segment in sample.segments:
+        # Every segment draws all three, used or not: its noise does not change with the dropout
+        # probabilities.
+        uniform, normal, noise_seed = rng.random(), rng.standard_normal(), int(rng.integers(2**63 - 1))
+        is_vae = segment.kind in ("cond_image", "gen_image")
+        segments.append(
+            replace(
+                segment,
+                dropped=segment.droppable and uniform < probability[segment.kind],
+                timestep=_timestep(normal, timestep_shift) if segment.kind == "gen_image" else 0.0,
+                noise_seed=noise_seed if is_vae else 0,
+            )
+        )
+    return replace(sample, segments=tuple(segments))
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise `SkipSample` for what no dataset class may let through.
+
+    Raises:
+        SkipSample: "bad_box", "mask_size" or "no_target".
+    """
+    for region in sample.regions:
+        _check_region(region, sample)
+    supervised = any(s.kind == "gen_image" or s.supervised for s in sample.segments)
+    if not supervised and not sample.regions:
+        raise SkipSample(
+            "no_target", f"{sample.origin.where}: nothing to learn: no answer, no target image, no region"
+        )
+
+
+def require_mask_size(mask_hw: Sequence[int], image: Image.Image, where: str) -> None:
+    """A mask has to have its picture's size, before both are resized.
+
+    Raises:
+        SkipSample: "mask_size".
+    """
+    if tuple(mask_hw) != (image.height, image.width):
+        height, width = mask_hw
+        message = f"{where}: mask of {width}x{height} px on an image of {image.width}x{image.height} px"
+        raise SkipSample("mask_size", message)
+
+
+def _check_region(region: Region, sample: Sample) -> None:
+    what = f"{sample.origin.where}: region {region.name!r}"
+    has_mask = region.mask.numel() > 0
+    if not has_mask or bool(region.box.any()):
+        x0, y0, x1, y1 = box = region.box.tolist()
+        inside = all(-BOX_TOLERANCE <= v <= 1 + BOX_TOLERANCE for v in box)  # False for NaN
+        if not inside or x0 >= x1 or y0 >= y1:
+            corners = ", ".join(f"{v:.4g}" for v in box)
+            raise SkipSample(
+                "bad_box",
+                f"{what}: box ({corners}) is empty or outside the image; x0 < x1, y0 < y1 in [0, 1]",
+            )
+    image_hw = sample.segments[region.image].pixels.shape[1:]
+    if has_mask and region.mask.shape != image_hw:
+        (mask_h, mask_w), (image_h, image_w) = region.mask.shape, image_hw
+        raise SkipSample(
+            "mask_size", f"{what}: mask of {mask_w}x{mask_h} px on an image of {image_w}x{image_h} px"
+        )
+
+
+def _timestep(normal: float, shift: float) -> float:
+    t = 1.0 / (1.0 + np.exp(-normal))
+    return float(shift * t / (1.0 + (shift - 1.0) * t))

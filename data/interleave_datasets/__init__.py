@@ -1,0 +1,1 @@
+"""Dataset classes whose samples take pictures in and give pictures out."""

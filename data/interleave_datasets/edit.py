@@ -1,0 +1,73 @@
+"""A picture, an instruction, the changed picture: rows of message JSONL -> Samples."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from data.conversation import (
+    build_sample,
+    end_with_images,
+    image_segment,
+    lead_with_images,
+    read_image_names,
+    read_turns,
+)
+from data.dataset_base import Record, SkipSample, TaskDataset, Transform
+from data.tokens import Tokenizer
+from data.types import Sample
+
+
+class EditDataset(TaskDataset):
+    """Editing: the picture goes in twice (clean latents to draw from, ViT patches to understand), text and a picture come out.
+
+    Row: `{"input_img": [{"path": "a.png"}], "output_img": [{"path": "b.png"}], "message": [{"from": "human", "value":
+    "Make the 7 blue."}, {"from": "gpt", "value": "Done. <image>"}]}`. Input pictures stand at the human turn's `<image>`s, or
+    first if it has none; output pictures at the gpt turn's, or last if it has none. The gpt text may be empty.
+
+    Plan: cond_image, und_image, text, text (supervised), gen_image; or gen_image before the supervised text, which then
+    cannot see it (nobody sees a noised picture).
+
+    Args:
+        tokenizer, vit_transform, vae_transform: of the group.
+        drop_condition: the instruction and both forms of the input may be left out by condition dropout, each with its own
+            probability; needed for guidance. Off, as published for the medical editing classes.
+    """
+
+    source_format: ClassVar[str] = "jsonl"
+    needs = ("vit", "vae")
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        vit_transform: Transform | None = None,
+        vae_transform: Transform | None = None,
+        drop_condition: bool = False,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
+        self.drop_condition = drop_condition
+
+    def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
+        inputs = [record.open_image(name) for name in read_image_names(record.data, "input_img")]
+        outputs = [record.open_image(name) for name in read_image_names(record.data, "output_img")]
+        if not inputs or not outputs:
+            found = f"the row has {len(inputs)} and {len(outputs)}"
+            raise SkipSample("image_count", f"an edit needs pictures in input_img and output_img; {found}")
+        turns = end_with_images(lead_with_images(read_turns(record.data), len(inputs)), len(outputs))
+        drop = self.drop_condition
+        images = [
+            (
+                image_segment("cond_image", picture, self.vae_transform, droppable=drop),
+                image_segment("und_image", picture, self.vit_transform, droppable=drop),
+            )
+            for picture in inputs
+        ]
+        drawn = [(image_segment("gen_image", picture, self.vae_transform),) for picture in outputs]
+        return build_sample(
+            turns,
+            self.tokenizer,
+            images=images,
+            drawn=drawn,
+            drop_text=drop,
+            task=str(record.data.get("main_task_type", "edit")),
+        )

@@ -1,0 +1,335 @@
+"""Evaluate a model directory on the quickstart's held-out files, through the KV-cache inference path.
+
+In: a model directory, a data directory. Out, under --output_dir: results.jsonl (one row per sample), images/, statistics.json.
+
+    python -m inference_pipeline.evaluate --model_path MODEL --data_dir DATA --output_dir OUT
+
+Started again after a kill it goes on where it stopped. On several processes, each writes its own part and one merges them:
+
+    python -m inference_pipeline.evaluate ... --shard 0 --num_shards 2 &
+    python -m inference_pipeline.evaluate ... --shard 1 --num_shards 2 & wait
+    python -m inference_pipeline.evaluate ... --merge
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inference_pipeline.figures import compute_statistics, figure_lines, mean
+from inference_pipeline.questions import READERS, Question, read_questions
+from inference_pipeline.scoring import Output, Rules, result_row, score
+from train.metrics.digits import DigitJudge, measure
+
+if TYPE_CHECKING:  # evaluating needs the model's code, merging parts does not
+    from inference_pipeline.inferencer import Inferencer
+
+Rows = dict[str, dict[str, Any]]
+Settings = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, or merge what several processes evaluated; 1 and one clear line if the input cannot be used."""
+    args = parse_args(argv)
+    try:
+        questions = read_questions(args.data_dir, args.split, tuple(args.tasks.split(",")), args.num_samples)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        settings = pin_settings(args)
+        drawn = any(q.task in ("t2i", "edit") for q in questions)
+        judge = DigitJudge.from_manifest(args.data_dir / "manifest.json") if drawn else None
+        rules = Rules(judge=judge, min_psnr_outside=args.min_psnr_outside)
+        if not args.merge:
+            evaluate(questions[args.shard :: args.num_shards], rules, args)
+        if args.merge or args.num_shards == 1:
+            facts = judge_facts(questions, rules, measure(judge, args.data_dir, args.split) if judge else {})
+            statistics = write_statistics(
+                questions, rules, args.output_dir, {**settings, **facts, "timestamp": _now()}
+            )
+            print(*figure_lines(statistics), f"written to {args.output_dir}/statistics.json", sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; a value that cannot work stops the program here."""
+    parser = argparse.ArgumentParser(description="evaluate a model directory on the quickstart's files")
+    parser.add_argument(
+        "--model_path", type=Path, required=True, help="model directory in the published layout"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, required=True, help="directory with vqa_SPLIT.jsonl, refer_SPLIT.json, ..."
+    )
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tasks", default=",".join(READERS), help="comma-separated; default: all")
+    parser.add_argument("--num_samples", type=int, default=-1, help="at most so many of each task; -1 = all")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that pictures start from")
+    parser.add_argument(
+        "--min_psnr_outside", type=float, default=25.0, help="dB an edit must keep outside the named digit"
+    )
+    sampling = parser.add_argument_group("sampling of pictures")
+    sampling.add_argument("--num_timesteps", type=int, default=25)
+    sampling.add_argument("--cfg_text_scale", type=float, default=3.0)
+    sampling.add_argument("--cfg_img_scale", type=float, default=1.5, help="editing only")
+    sampling.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
+    sampling.add_argument("--cfg_renorm_min", type=float, default=0.0)
+    sampling.add_argument(
+        "--cfg_renorm_type", choices=("global", "channel", "text_channel"), default="global"
+    )
+    sampling.add_argument("--timestep_shift", type=float, default=1.0)
+    parts = parser.add_argument_group("several processes")
+    parts.add_argument("--shard", type=int, default=0)
+    parts.add_argument("--num_shards", type=int, default=1)
+    parts.add_argument(
+        "--merge", action="store_true", help="combine all parts in --output_dir and write the statistics"
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.shard < args.num_shards:
+        parser.error(
+            f"--shard must be from 0 to {args.num_shards - 1} (--num_shards {args.num_shards}), not {args.shard}"
+        )
+    if args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def evaluate(questions: Sequence[Question], rules: Rules, args: argparse.Namespace) -> None:
+    """Ask every question that has no row yet and append the rows, a batch at a time."""
+    part = args.output_dir / (f"results.{args.shard}.jsonl" if args.num_shards > 1 else "results.jsonl")
+    done = {sample_id for sample_id, row in read_rows(part).items() if not row["missing"]}
+    # Batches are cut before finished samples are left out: a resumed run forms the same batches, hence the same noise.
+    waiting = [
+        batch for batch in batches(questions, args.batch_size) if any(q.sample_id not in done for q in batch)
+    ]
+    if not waiting:
+        print(f"{part}: all {len(questions)} samples are done")
+        return
+    from inference_pipeline.inferencer import Inferencer
+
+    model = Inferencer.from_model_dir(args.model_path, weights=args.weights, device=args.device)
+    progress = Progress(
+        total=sum(map(len, waiting)), label=f"[{args.shard + 1}/{args.num_shards}] " * (args.num_shards > 1)
+    )
+    with part.open("a", encoding="utf-8") as file:
+        for batch in waiting:
+            start = time.perf_counter()
+            outputs = ASK[batch[0].task](model, batch, args)
+            seconds = (time.perf_counter() - start) / len(batch)
+            # A shorter answer than the batch leaves the rest without output, which counts as a failure.
+            for question, output in zip(
+                batch, [*outputs, *[None] * (len(batch) - len(outputs))], strict=True
+            ):
+                row = result_row(question, output, rules, args.output_dir, seconds)
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            progress.advance(len(batch), batch[0].task)
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    """Questions of one task and picture size, at most `size` at a time."""
+    alike: dict[tuple[str, tuple[int, int]], list[Question]] = {}
+    for question in questions:
+        alike.setdefault((question.task, question.size), []).append(question)
+    for run in alike.values():
+        yield from (run[i : i + size] for i in range(0, len(run), size))
+
+
+def answer(model: "Inferencer", batch: Sequence[Question], args: argparse.Namespace) -> list[Output]:
+    """Ask for text, boxes and masks."""
+    from inference_pipeline.inferencer import Prompt
+
+    answers = model.answer(
+        [Prompt(images=q.images, text=q.text) for q in batch], max_new_tokens=args.max_new_tokens
+    )
+    return [Output(text=a.text, boxes=tuple(a.boxes), masks=tuple(a.masks)) for a in answers]
+
+
+def generate(model: "Inferencer", batch: Sequence[Question], args: argparse.Namespace) -> list[Output]:
+    """Ask for pictures."""
+    from inference_pipeline.inferencer import Prompt
+
+    height, width = batch[0].size
+    generations = model.generate(
+        [Prompt(images=q.images, text=q.text) for q in batch],
+        height=height,
+        width=width,
+        num_timesteps=args.num_timesteps,
+        cfg_text_scale=args.cfg_text_scale,
+        cfg_img_scale=args.cfg_img_scale,
+        cfg_interval=tuple(args.cfg_interval),
+        cfg_renorm_min=args.cfg_renorm_min,
+        cfg_renorm_type=args.cfg_renorm_type,
+        timestep_shift=args.timestep_shift,
+        seed=zlib.crc32(f"{args.seed} {batch[0].sample_id}".encode()),
+    )
+    return [Output(text=g.text, picture=np.asarray(g.image.convert("RGB"))) for g in generations]
+
+
+ASK: Mapping[str, Callable[["Inferencer", Sequence[Question], argparse.Namespace], list[Output]]] = {
+    "vqa": answer,
+    "text": answer,
+    "box": answer,
+    "mask": answer,
+    "t2i": generate,
+    "edit": generate,
+}
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """One line per batch, at most one per second: how many are done, how fast, how long it will take."""
+
+    total: int
+    label: str = ""
+    done: int = 0
+    start: float = 0.0
+    shown: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.start = time.monotonic()
+
+    def advance(self, count: int, task: str) -> None:
+        """Count finished samples and perhaps print."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < 1.0 and self.done < self.total:
+            return
+        self.shown = now
+        speed = self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / speed
+        print(
+            f"{self.label}{task:<5} {self.done}/{self.total} samples, {speed:.1f}/s, "
+            f"{int(left) // 60}:{int(left) % 60:02d} left",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a results file by sample id. A last line that a kill cut short is removed from the file.
+
+    Raises:
+        ValueError: naming the line, if one before the last cannot be read.
+    """
+    if not path.exists():
+        return {}
+    rows: Rows = {}
+    end = 0
+    with path.open("rb") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            rows[row["sample_id"]] = row
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            if number < len(lines) - 1:
+                raise ValueError(
+                    f"{path}:{number + 1}: not a result row; remove the line or the file"
+                ) from None
+            break
+        if not line.endswith(b"\n"):
+            del rows[row["sample_id"]]
+            break
+        end += len(line)
+    if end < path.stat().st_size:
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return rows
+
+
+def write_statistics(
+    questions: Sequence[Question], rules: Rules, output_dir: Path, settings: Settings
+) -> dict[str, Any]:
+    """Bring all rows into results.jsonl, in the order of the questions, and write statistics.json."""
+    found: Rows = {}
+    # An earlier merge first: what a part holds is newer than the failures written in its place then.
+    for part in [output_dir / "results.jsonl", *sorted(output_dir.glob("results.*.jsonl"))]:
+        found |= read_rows(part)
+    absent = [q.sample_id for q in questions if q.sample_id not in found]
+    if absent:
+        print(
+            f"{len(absent)} samples have no output and count as failures, {absent[0]} first", file=sys.stderr
+        )
+    rows = [found.get(q.sample_id) or result_row(q, None, rules, output_dir) for q in questions]
+    _replace(output_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    statistics = compute_statistics(rows, settings)
+    _replace(output_dir / "statistics.json", json.dumps(statistics, indent=2) + "\n")
+    return statistics
+
+
+def pin_settings(args: argparse.Namespace) -> Settings:
+    """How the run is made, kept in evaluation_settings.json: rows made in two ways must not meet in one results file.
+
+    Raises:
+        ValueError: if --output_dir holds rows that were made otherwise, naming the first difference.
+    """
+    where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "device"}
+    weights = args.model_path / f"{args.weights}.safetensors"
+    settings = {
+        "model_id": args.model_path.name,
+        **{name: value for name, value in sorted(vars(args).items()) if name not in where},
+        "cfg_interval": list(args.cfg_interval),
+        "weights_modified": weights.stat().st_mtime_ns if weights.exists() else 0,
+    }
+    file = args.output_dir / "evaluation_settings.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if kept.get(name) != value:
+                raise ValueError(
+                    f"{args.output_dir}: holds results with {name} {kept.get(name)}, now it is {value}; "
+                    "remove the directory or give another --output_dir"
+                )
+    else:
+        _replace(file, json.dumps(settings, indent=2) + "\n")
+    return settings
+
+
+def judge_facts(questions: Sequence[Question], rules: Rules, accuracy: Mapping[str, float]) -> dict[str, Any]:
+    """How good the judge is: on real test digits, and on this test's true pictures, which says what a perfect model would get."""
+    perfect: dict[str, list[dict[str, Any]]] = {"t2i": [], "edit": []}
+    for question in questions:
+        if question.task in perfect:
+            perfect[question.task].append(score(question, Output(picture=question.true_picture), rules))
+    return {
+        "judge_accuracy_on_real_test_digits": accuracy.get("digit_at_box"),
+        "judge_accuracy": dict(accuracy),
+        "judge_on_true_pictures_digit": mean(perfect["t2i"], "digit_right"),
+        "judge_on_true_pictures_colour": mean(perfect["t2i"], "colour_right"),
+        "judge_on_true_pictures_edit": mean(perfect["edit"], "correct"),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")  # two processes may write the same file
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

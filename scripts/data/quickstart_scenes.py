@@ -1,0 +1,374 @@
+"""Small scenes of coloured handwritten digits: what they are, how they are drawn, what can be asked about them.
+
+In: glyphs (8x8 handwritten digits of scikit-learn), photographs (of scikit-image) and a random generator. Out: a
+`Scene`, its 64x64 RGB picture, and the questions, captions, edits and expressions that are true of it. Pure functions.
+
+A digit's mask is where its alpha is at least `VISIBLE`; its box is the tight bounds of that mask, and nothing of the digit
+is drawn outside that box, so that a changed digit changes no pixel outside its box.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+SIDE = 64
+MARGIN = 2
+"""Smallest gap between two digits' boxes, in pixels."""
+VISIBLE = 0.4
+MIN_STEP = 4
+"""Smallest horizontal distance between two digits' centres, so that "left to right" is always clear."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (230, 40, 40),
+    "orange": (250, 135, 20),
+    "yellow": (245, 230, 45),
+    "green": (45, 205, 70),
+    "blue": (50, 105, 255),
+    "purple": (185, 65, 235),
+}
+BRIGHTNESS = (0.85, 1.0)
+PLAIN: dict[str, tuple[int, int, int]] = {
+    "black": (14, 14, 16),
+    "gray": (66, 66, 66),
+    "navy": (18, 24, 66),
+    "brown": (62, 40, 22),
+    "teal": (14, 60, 60),
+}
+"""The backgrounds that a caption names."""
+PHOTOGRAPHS = (
+    "astronaut",
+    "camera",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "brick",
+    "coins",
+    "grass",
+    "gravel",
+    "moon",
+)
+"""Those that are installed with scikit-image; the others of `skimage.data` would be downloaded."""
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+Pixels = np.ndarray
+"""`64 64 3` uint8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glyphs:
+    """Handwritten digits: `images` is `n 8 8` float32 in [0, 1], `labels` is `n`, `index` their place in `load_digits`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+    def take(self, places: np.ndarray) -> "Glyphs":
+        return Glyphs(images=self.images[places], labels=self.labels[places], index=self.index[places])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digit:
+    """One digit of a scene. `alpha` is `h w` float32, exactly as large as `box` (x0, y0, x1, y1 in pixels)."""
+
+    value: int
+    colour: str
+    box: tuple[int, int, int, int]
+    brightness: float
+    glyph: int
+    alpha: np.ndarray
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.value}"
+
+    def facts(self) -> dict[str, Any]:
+        """What evaluation has to know, JSON-able."""
+        return {"digit": self.value, "colour": self.colour, "box": list(self.box), "glyph": self.glyph}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """Digits from left to right on a background (`64 64 3` float32 in [0, 255])."""
+
+    digits: tuple[Digit, ...]
+    background: np.ndarray
+    background_name: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"digits": [d.facts() for d in self.digits], "background": self.background_name}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A question, its one right answer and what kind of question it is."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """An instruction, what is true afterwards, and the scene that it leads to."""
+
+    instruction: str
+    report: str
+    after: Scene
+    facts: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(scene: Scene) -> Pixels:
+    """The scene's picture."""
+    canvas = scene.background.copy()
+    for digit in scene.digits:
+        x0, y0, x1, y1 = digit.box
+        paint = np.array(COLOURS[digit.colour], np.float32) * digit.brightness
+        alpha = digit.alpha[..., None]
+        canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - alpha) + paint * alpha
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def mask_of(digit: Digit) -> np.ndarray:
+    """`64 64` uint8 0/1."""
+    x0, y0, x1, y1 = digit.box
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[y0:y1, x0:x1] = digit.alpha >= VISIBLE
+    return mask
+
+
+def glyph_alpha(image: np.ndarray, size: int) -> np.ndarray:
+    """An 8x8 glyph enlarged to a tile of `size` pixels and cut to the bounds of what is visible: `h w` float32 in [0, 1]."""
+    padded = Image.fromarray(np.pad(image, 1).astype(np.float32))  # the strokes reach the tile's edge
+    side = round(size * 10 / 8)
+    smooth = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC))
+    alpha = np.clip((smooth - 0.2) / 0.65, 0.0, 1.0)
+    rows, columns = np.nonzero((alpha >= VISIBLE).any(1))[0], np.nonzero((alpha >= VISIBLE).any(0))[0]
+    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def plain_background(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """One of the colours that a caption may name, a little lighter or darker from picture to picture."""
+    name = str(rng.choice(list(PLAIN)))
+    tint = np.array(PLAIN[name], np.float32) * rng.uniform(0.85, 1.15)
+    return np.broadcast_to(tint, (SIDE, SIDE, 3)).astype(np.float32), name
+
+
+def flat_background(rng: np.random.Generator) -> np.ndarray:
+    return np.broadcast_to(_dim_tint(rng), (SIDE, SIDE, 3)).astype(np.float32)
+
+
+def gradient_background(rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / (SIDE - 1) - 0.5
+    ramp = np.clip((x * np.cos(angle) + y * np.sin(angle)) / 1.2 + 0.5, 0, 1)[..., None]
+    return (_dim_tint(rng) * (1 - ramp) + _dim_tint(rng) * ramp).astype(np.float32)
+
+
+def noise_background(rng: np.random.Generator) -> np.ndarray:
+    """Noise with a grain of 1 to 16 pixels."""
+    cells = int(rng.choice([4, 8, 16, 32, 64]))
+    grain = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    smooth = np.asarray(Image.fromarray(grain).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return np.clip(_dim_tint(rng) + rng.uniform(8, 22) * smooth[..., None], 0, 110).astype(np.float32)
+
+
+def photograph_background(
+    rng: np.random.Generator, photographs: dict[str, np.ndarray]
+) -> tuple[np.ndarray, str]:
+    """A crop of a photograph, darkened and half robbed of its colour so that the digits stay readable."""
+    name = str(rng.choice(list(photographs)))
+    photograph = photographs[name]
+    side = int(rng.integers(SIDE, min(photograph.shape[:2]) + 1))
+    y, x = (int(rng.integers(0, n - side + 1)) for n in photograph.shape[:2])
+    crop = Image.fromarray(photograph[y : y + side, x : x + side]).resize((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(crop, np.float32)
+    gray = pixels.mean(-1, keepdims=True)
+    pixels = gray + 0.5 * (pixels - gray)
+    return np.clip(pixels * rng.uniform(0.22, 0.38) + rng.uniform(0, 12), 0, 110), f"photograph:{name}"
+
+
+def _dim_tint(rng: np.random.Generator) -> np.ndarray:
+    level = rng.uniform(8, 75)
+    return np.clip(level + rng.uniform(-0.35, 0.35, 3) * level, 0, 95).astype(np.float32)
+
+
+def any_background(rng: np.random.Generator, photographs: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """A flat tint, a gradient, noise or, four times in ten, a photograph."""
+    kind = rng.choice(["flat", "gradient", "noise", "photograph"], p=[0.2, 0.2, 0.2, 0.4])
+    if kind == "photograph":
+        return photograph_background(rng, photographs)
+    makers = {"flat": flat_background, "gradient": gradient_background, "noise": noise_background}
+    return makers[str(kind)](rng), str(kind)
+
+
+# -------------------------------------------------------------------------------------------------------------- composing
+
+
+def compose(rng: np.random.Generator, glyphs: Glyphs, photographs: dict[str, np.ndarray]) -> Scene:
+    """A scene of one to three digits, 16 to 26 pixels, on any background."""
+    background, name = any_background(rng, photographs)
+    count = int(rng.choice([1, 2, 3], p=[0.25, 0.4, 0.35]))
+    return Scene(digits=place(rng, glyphs, count, (16, 26)), background=background, background_name=name)
+
+
+def compose_for_caption(rng: np.random.Generator, glyphs: Glyphs) -> tuple[Scene, str, str]:
+    """A scene to be drawn from its caption: (scene, caption, relation).
+
+    Six in ten show one digit of 20 to 34 pixels, the others two of 18 to 26. The background is plain or a gradient; a plain
+    one is named by three captions in four.
+    """
+    if rng.random() < 0.8:
+        background, name = plain_background(rng)
+        suffix = f" on {name}" if rng.random() < 0.75 else ""
+    else:
+        background, name, suffix = gradient_background(rng), "gradient", ""
+    if rng.random() < 0.6:
+        digits = place(rng, glyphs, 1, (20, 34))
+        caption, relation = _with_article(digits[0].name), ""
+    else:
+        digits = place(rng, glyphs, 2, (18, 26))
+        relation, first, second = _relation(*digits)
+        caption = f"{_with_article(first.name)} {relation} {_with_article(second.name)}"
+    scene = Scene(digits=digits, background=background, background_name=name)
+    return scene, caption + suffix, relation
+
+
+def place(rng: np.random.Generator, glyphs: Glyphs, count: int, sizes: tuple[int, int]) -> tuple[Digit, ...]:
+    """`count` digits without overlap, no two of the same colour and value, from left to right."""
+    while True:
+        digits: list[Digit] = []
+        for _ in range(40):
+            candidate = _random_digit(rng, glyphs, sizes)
+            if all(_apart(candidate, d) for d in digits):
+                digits.append(candidate)
+            if len(digits) == count:
+                return tuple(sorted(digits, key=lambda d: d.centre[0]))
+
+
+def _random_digit(rng: np.random.Generator, glyphs: Glyphs, sizes: tuple[int, int]) -> Digit:
+    value = int(rng.integers(10))
+    glyph = int(rng.choice(np.flatnonzero(glyphs.labels == value)))
+    alpha = glyph_alpha(glyphs.images[glyph], int(rng.integers(sizes[0], sizes[1] + 1)))
+    h, w = alpha.shape
+    x, y = int(rng.integers(0, SIDE - w + 1)), int(rng.integers(0, SIDE - h + 1))
+    return Digit(
+        value=value,
+        colour=str(rng.choice(list(COLOURS))),
+        box=(x, y, x + w, y + h),
+        brightness=round(float(rng.uniform(*BRIGHTNESS)), 3),
+        glyph=int(glyphs.index[glyph]),
+        alpha=alpha,
+    )
+
+
+def _apart(a: Digit, b: Digit) -> bool:
+    if (a.value, a.colour) == (b.value, b.colour) or abs(a.centre[0] - b.centre[0]) < MIN_STEP:
+        return False
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
+    gap = max(bx0 - ax1, ax0 - bx1, by0 - ay1, ay0 - by1)
+    return gap >= MARGIN
+
+
+def _relation(left: Digit, right: Digit) -> tuple[str, Digit, Digit]:
+    """How two digits stand to each other, along the axis on which they are further apart."""
+    dx, dy = right.centre[0] - left.centre[0], right.centre[1] - left.centre[1]
+    if dx >= abs(dy):
+        return "left of", left, right
+    return ("above", left, right) if dy > 0 else ("above", right, left)
+
+
+def _with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+
+
+# ------------------------------------------------------------------------------------------------------- what can be said
+
+
+def questions(rng: np.random.Generator, digits: Sequence[Digit]) -> list[Turn]:
+    """Every question about a scene that has one right answer, in random order."""
+    values, colours = Counter(d.value for d in digits), Counter(d.colour for d in digits)
+    turns = [
+        Turn(kind="count", question="How many digits are there?", answer=str(len(digits))),
+        Turn(
+            kind="digits", question="Which digits are there?", answer=" ".join(str(d.value) for d in digits)
+        ),
+        Turn(
+            kind="colours",
+            question="Which colours are there?",
+            answer=" ".join(dict.fromkeys(d.colour for d in digits)),
+        ),
+    ]
+    for d in digits:
+        if values[d.value] == 1:
+            turns.append(Turn(kind="colour_of", question=f"What colour is the {d.value}?", answer=d.colour))
+        if colours[d.colour] == 1:
+            turns.append(Turn(kind="digit_of", question=f"Which digit is {d.colour}?", answer=str(d.value)))
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def expressions(digit: Digit, digits: Sequence[Digit]) -> list[str]:
+    """How a digit can be called without doubt; the first names its colour and its value."""
+    names = [f"the {digit.name}"]
+    if sum(d.value == digit.value for d in digits) == 1:
+        names.append(f"the {digit.value}")
+    if sum(d.colour == digit.colour for d in digits) == 1:
+        names.append(f"the {digit.colour} digit")
+    return names
+
+
+def edit(rng: np.random.Generator, scene: Scene) -> Edit:
+    """Recolour (three in five) or remove one digit."""
+    at = int(rng.integers(len(scene.digits)))
+    target, others = scene.digits[at], scene.digits[:at] + scene.digits[at + 1 :]
+    facts = {"index": at, "digit": target.value, "from": target.colour, "box": list(target.box)}
+    kind: Literal["recolour", "remove"] = "recolour" if rng.random() < 0.6 else "remove"
+    if kind == "remove":
+        return Edit(
+            instruction=f"Remove the {target.name}.",
+            report=f"the {target.name} is gone.",
+            after=replace(scene, digits=others),
+            facts={"kind": kind, **facts, "to": ""},
+        )
+    taken = {target.colour} | {d.colour for d in others if d.value == target.value}
+    colour = str(rng.choice([c for c in COLOURS if c not in taken]))
+    recoloured = replace(target, colour=colour)
+    return Edit(
+        instruction=f"Paint the {target.name} {colour}.",
+        report=f"the {target.value} is {colour}.",
+        after=replace(scene, digits=scene.digits[:at] + (recoloured,) + scene.digits[at + 1 :]),
+        facts={"kind": kind, **facts, "to": colour},
+    )
+
+
+def text_turns(rng: np.random.Generator, count: int) -> list[Turn]:
+    """Questions without a picture: sums, neighbours, comparisons, number words and mixed colours."""
+    mixes = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("red", "blue"): "purple"}
+    turns = []
+    for kind in rng.choice(["sum", "after", "before", "larger", "word", "mix"], count):
+        a, b = (int(n) for n in rng.choice(10, 2, replace=False))
+        if kind == "sum":
+            turns.append(Turn(kind="sum", question=f"What is {a} plus {b}?", answer=str(a + b)))
+        elif kind == "after":
+            turns.append(Turn(kind="after", question=f"What comes after {a}?", answer=str(a + 1)))
+        elif kind == "before":
+            turns.append(Turn(kind="before", question=f"What comes before {a + 1}?", answer=str(a)))
+        elif kind == "larger":
+            turns.append(Turn(kind="larger", question=f"Which is larger, {a} or {b}?", answer=str(max(a, b))))
+        elif kind == "word":
+            turns.append(Turn(kind="word", question=f"How is {a} written?", answer=NUMBER_WORDS[a]))
+        else:
+            (first, second), made = list(mixes.items())[int(rng.integers(len(mixes)))]
+            turns.append(Turn(kind="mix", question=f"What do {first} and {second} make?", answer=made))
+    return turns

@@ -1,0 +1,173 @@
+"""Sharded training is single-process training: same gradients, whatever the strategy, ranks and accumulation."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.launch import run_distributed
+from tests.distributed.toy import UNITS, Toy, build, fsdp_args, rows, starting_value, toy_args
+from train.distributed.collectives import all_max, all_sum, gather_objects, main_first, on_main, rank, world_size
+from train.distributed.mesh import build_mesh, mesh_shape
+from train.distributed.sharding import clip_grad_norm, full_tensors, materialise, shard_model, sync_gradients
+from train.optim import set_learning_rates
+
+NUM_ROWS = 12
+PIECES = (1, 4, 0, 7)
+"""Rows of each micro-batch: uneven, one empty."""
+
+
+def gradients(flags: dict[str, object], accumulate: int) -> tuple[dict[str, Tensor], float]:
+    """Summed gradients of one step over all ranks, and their norm."""
+    args = toy_args(**flags)
+    model = build(args).model
+    x, y = rows(NUM_ROWS)
+    cuts = torch.split(torch.arange(NUM_ROWS), PIECES)
+    own = cuts[rank() * accumulate : (rank() + 1) * accumulate]
+    for i, cut in enumerate(own):
+        sync_gradients(model, i == len(own) - 1)
+        ((model(x[cut]).boxes - y[cut]).square().sum() / NUM_ROWS).backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    grads = full_tensors((n, p.grad) for n, p in trained)
+    return grads, float(clip_grad_norm((p for _, p in trained), 0.0))
+
+
+def reference() -> dict[str, Tensor]:
+    model = build(toy_args(), sharded=False).model
+    x, y = rows(NUM_ROWS)
+    ((model(x).boxes - y).square().sum() / NUM_ROWS).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+CASES = [
+    (2, 2, {"sharding_strategy": "FULL_SHARD"}),
+    (2, 2, {"sharding_strategy": "FULL_SHARD", "min_unit_params": 40}),
+    (2, 2, {"sharding_strategy": "SHARD_GRAD_OP"}),
+    (2, 2, {"sharding_strategy": "NO_SHARD"}),
+    (1, 4, {"sharding_strategy": "HYBRID_SHARD"}),
+    (4, 1, {"sharding_strategy": "HYBRID_SHARD", "num_replicate": 2}),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulate", "flags"), CASES)
+def test_gradients_are_those_of_one_process(num_ranks: int, accumulate: int, flags: dict[str, object]) -> None:
+    expected = reference()
+    (grads, norm), *others = run_distributed(gradients, num_ranks, flags, accumulate)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)  # worst measured: 5e-8 absolute
+    expected_norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
+    assert norm == pytest.approx(expected_norm, rel=1e-6)
+    assert all(other_norm == norm for _, other_norm in others)
+
+
+def three_steps(flags: dict[str, object]) -> dict[str, Tensor]:
+    args = toy_args(**flags)
+    state = build(args)
+    x, y = (part.chunk(world_size())[rank()] for part in rows(NUM_ROWS))
+    for step in range(3):
+        set_learning_rates(state.optimizer, step, args.optim)
+        ((state.model(x).boxes - y).square().sum() / NUM_ROWS).backward()
+        clip_grad_norm(state.model.parameters(), 0.1)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+    return full_tensors(state.model.named_parameters())
+
+
+def test_strategies_reach_the_same_weights_and_bf16_is_near() -> None:
+    expected, *_ = run_distributed(three_steps, 1, {})
+    for strategy in ("FULL_SHARD", "NO_SHARD"):
+        weights, *_ = run_distributed(three_steps, 2, {"sharding_strategy": strategy})
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=name)
+    weights, *_ = run_distributed(three_steps, 2, {"param_dtype": "bf16"})
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    worst = max((value - expected[name]).abs().max().item() for name, value in weights.items())
+    assert worst < 0.05  # three steps of at most 0.01 each, whatever the sign
+
+
+def full_disk() -> None:
+    raise OSError("disk is full")
+
+
+def small_tools() -> list[object]:
+    x = torch.tensor([float(rank()), 1.0])
+    with main_first():
+        order = rank()
+    try:
+        on_main(full_disk)
+        failure = ""
+    except ValueError as error:
+        failure = str(error)
+    return [all_sum(x).tolist(), all_max(x).tolist(), gather_objects(rank()), order, failure, on_main(lambda: 7)]
+
+
+def test_collectives_on_two_ranks() -> None:
+    results = run_distributed(small_tools, 2)
+    for number, result in enumerate(results):
+        assert result == [[1.0, 2.0], [1.0, 1.0], [0, 1], number, "disk is full", 7]
+
+
+def sharded_names(min_unit_params: int) -> tuple[str, ...]:
+    args = fsdp_args(min_unit_params=min_unit_params)
+    with torch.device("meta"):
+        model = Toy()
+    return shard_model(model, UNITS, build_mesh(args, world_size(), "cpu"), args)
+
+
+def test_small_units_join_the_unit_around_them() -> None:
+    assert set(run_distributed(sharded_names, 1, 0)[0]) == {unit.fqn for unit in UNITS}
+    # 20 parameters of the first layer join the tower: 56 together.
+    assert set(run_distributed(sharded_names, 1, 40)[0]) == {"vit_model", "connector"}
+
+
+def opaque_output() -> None:
+    class Opaque(torch.nn.Linear):
+        def forward(self, x: Tensor) -> object:  # type: ignore[override]
+            return object()
+
+    args = fsdp_args()
+    model = Opaque(2, 2)
+    shard_model(model, (), build_mesh(args, 1, "cpu"), args)
+    model(torch.ones(1, 2))
+
+
+def test_an_output_in_which_no_tensor_is_seen_is_refused() -> None:
+    with pytest.raises(Exception, match="not in CARRIERS"):
+        run_distributed(opaque_output, 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "replicate", "shard", "ranks", "expected"),
+    [
+        ("FULL_SHARD", 1, 0, 8, (1, 8)),
+        ("SHARD_GRAD_OP", 1, 8, 8, (1, 8)),
+        ("NO_SHARD", 1, 0, 8, (8, 1)),
+        ("HYBRID_SHARD", 1, 0, 8, (1, 8)),
+        ("HYBRID_SHARD", 2, 0, 8, (2, 4)),
+        ("HYBRID_SHARD", 2, 4, 8, (2, 4)),
+        ("HYBRID_SHARD", 1, 8, 2, None),
+        ("HYBRID_SHARD", 3, 0, 8, None),
+        ("HYBRID_SHARD", 16, 0, 8, None),
+        ("FULL_SHARD", 2, 0, 8, None),
+        ("FULL_SHARD", 1, 4, 8, None),
+        ("NO_SHARD", 4, 2, 8, None),
+    ],
+)
+def test_mesh_shape(strategy: str, replicate: int, shard: int, ranks: int, expected: tuple[int, int] | None) -> None:
+    args = fsdp_args(sharding_strategy=strategy, num_replicate=replicate, num_shard=shard)
+    if expected is None:
+        with pytest.raises(ValueError, match="--num_replicate"):
+            mesh_shape(args, ranks)
+    else:
+        assert mesh_shape(args, ranks) == expected
+
+
+def test_a_value_of_another_shape_is_refused() -> None:
+    with torch.device("meta"):
+        model = Toy()
+    with pytest.raises(ValueError, match="connector.weight: the value has shape"):
+        materialise(
+            model, torch.device("cpu"), lambda n, s: torch.zeros(1) if n == "connector.weight" else starting_value(n, s)
+        )
+    assert not dist.is_initialized()

@@ -1,0 +1,146 @@
+import itertools
+
+import pytest
+
+from data.dataset_base import DropoutSpec
+from data.ledger import accounts, count_trained
+from data.loader import build_loader, to_bytes, usable_workers
+from data.order import pack_lane
+from data.stream import PackBudget
+from data.types import LaneCursor
+from tests.unit.data.toy_groups import LAYOUT, SPECIAL, fingerprint, group, lengths, mixed_groups
+
+LANES = 8
+
+
+def loader(groups=None, **changes):
+    settings = {
+        "groups": groups or mixed_groups(),
+        "layout": LAYOUT,
+        "special": SPECIAL,
+        "seed": 3,
+        "budget": PackBudget(expected=90, maximum=100, per_sample=100, max_buffer=8),
+        "dropout": DropoutSpec(vae=0.3),
+        "num_lanes": LANES,
+    }
+    return build_loader(**{**settings, **changes})
+
+
+def prints(packs, count):
+    return [fingerprint(b) for b in itertools.islice(packs, count)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The first packs of a run on one rank without workers."""
+    return prints(loader(), 48)
+
+
+def rounds(world_size, count, **changes):
+    """Packs of all ranks in the order of the run."""
+    ranks = [loader(rank=r, world_size=world_size, **changes) for r in range(world_size)]
+    return [next(ranks[p % world_size]) for p in range(count)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_the_order_does_not_depend_on_the_world_size(world_size, single):
+    assert [fingerprint(b) for b in rounds(world_size, 48)] == single
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_order_does_not_depend_on_the_workers(num_workers, single):
+    assert prints(loader(num_workers=num_workers), 24) == single[:24]
+
+
+def cursors_after(packs):
+    """What a checkpoint holds after these packs."""
+    cursors = {lane: LaneCursor(lane=lane) for lane in range(LANES)}
+    for p, batch in enumerate(packs):
+        assert batch.cursor.lane == pack_lane(p, LANES)
+        cursors[batch.cursor.lane] = batch.cursor
+    return [cursors[lane] for lane in range(LANES)]
+
+
+@pytest.mark.parametrize(
+    "consumed, before, after", [(12, 1, 4), (12, 4, 2), (4, 2, 1), (20, 4, 1), (16, 2, 8)]
+)
+def test_a_run_goes_on_at_another_world_size(consumed, before, after, single):
+    packs = rounds(before, consumed)
+    cursors = cursors_after(packs)
+    trained = sum((count_trained(b) for b in packs), start=count_trained(packs[0]) - count_trained(packs[0]))
+    assert sum(a.read for a in accounts(cursors, trained).values()) >= sum(trained.values())
+    again = rounds(after, 16, cursors=cursors, packs_consumed=consumed)
+    assert [fingerprint(b) for b in again] == single[consumed : consumed + 16]
+
+
+def test_a_run_goes_on_with_workers(single):
+    cursors = cursors_after(itertools.islice(loader(), 13))
+    assert prints(loader(cursors=cursors, packs_consumed=13, num_workers=2), 12) == single[13:25]
+
+
+def test_more_workers_than_records(single):
+    tiny = (group("tiny", [20, 30, 40]),)
+    assert prints(loader(tiny, num_workers=2), 10) == prints(loader(tiny), 10)
+
+
+def test_workers_own_whole_lanes(caplog):
+    caplog.set_level("INFO")
+    assert [usable_workers(n, 12) for n in (0, 1, 5, 7, 12, 40)] == [0, 1, 4, 6, 12, 12]
+    assert "--num_workers 7: 6 are used" in caplog.text
+
+
+def test_world_sizes_that_do_not_divide_the_lanes_are_refused():
+    with pytest.raises(
+        ValueError, match="8 lanes cannot be dealt to 3 ranks evenly; usable world sizes are 1, 2, 4, 8"
+    ):
+        loader(world_size=3)
+    with pytest.raises(ValueError, match="amid a round"):
+        loader(world_size=2, packs_consumed=3)
+
+
+def test_cursors_that_do_not_belong_to_the_step_are_refused():
+    fresh = [LaneCursor(lane=lane) for lane in range(LANES)]
+    with pytest.raises(ValueError, match="set --num_lanes 7, not 8"):
+        loader(cursors=fresh[:-1])
+    with pytest.raises(ValueError, match="do not belong to its step"):
+        loader(cursors=fresh, packs_consumed=2)
+
+
+def test_a_pack_travels_as_few_bytes():
+    batch = next(loader())
+    tensors = []
+    batch.map(lambda t: tensors.append(t.nbytes) or t)
+    assert len(to_bytes(batch)) < sum(tensors) + 12_000
+
+
+def bad_group(fault):
+    numbers = lengths(40, 20, 40)
+    numbers[:20] = [-1] * 20
+    return (group("good", lengths(50, 5, 30)), group("bad", numbers, fault=fault))
+
+
+def fail(num_workers, fault):
+    with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)) as caught:
+        list(itertools.islice(loader(bad_group(fault), num_workers=num_workers), 200))
+    return caught.value
+
+
+def test_bad_data_stops_the_trainer_with_the_same_line_with_and_without_workers():
+    alone, worker = fail(0, "skip"), fail(2, "skip")
+    assert str(worker) == str(alone)
+    assert isinstance(worker, ValueError)
+    assert "\n" not in str(worker)
+    assert str(worker).startswith(
+        "group 'bad': 1 record could not be used, the limit is 0; first: toy.jsonl:"
+    )
+    assert "in next_pack" in worker.__notes__[0]
+
+
+def test_an_error_in_a_worker_reaches_the_trainer():
+    error = fail(1, "bug")
+    assert str(error) == "data worker: ZeroDivisionError: no such thing"
+
+
+@pytest.mark.timeout(60)
+def test_a_dead_worker_does_not_hang():
+    assert "a data worker died" in str(fail(1, "die"))

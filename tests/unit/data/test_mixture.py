@@ -1,0 +1,234 @@
+import json
+
+import pytest
+import yaml
+
+from data.dataset_base import TaskDataset
+from data.mixture import build_groups, load_mixture, used_ranges
+from data.types import Sample
+
+
+class TalkDataset(TaskDataset):
+    """Reads JSONL; `turns` must be given."""
+
+    def __init__(self, *, turns: int, shout: bool = False, **base):
+        super().__init__(**base)
+        self.turns, self.shout = turns, shout
+
+    def to_sample(self, record, rng) -> Sample:
+        raise NotImplementedError
+
+
+class LookDataset(TaskDataset):
+    """Reads JSONL through the ViT, as the published `vlm_sft`."""
+
+    image_transform_role = "vit"
+    needs = ("vit",)
+
+    def to_sample(self, record, rng) -> Sample:
+        raise NotImplementedError
+
+
+REGISTRY = {"talk": TalkDataset, "look": LookDataset}
+VIT = {"image_stride": 8, "max_image_size": 64, "min_image_size": 32}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a mixture beside two data sets `a` and `b` of 10 records each."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"i": f"{name}{i}"}) + "\n" for i in range(10))
+        )
+    places = {name: {"jsonl_path": f"{name}.jsonl"} for name in ("a", "b")}
+
+    def write_yaml(**content):
+        file = tmp_path / "mix.yaml"
+        file.write_text(
+            yaml.safe_dump({"dataset_info": {"talk": places, "look": places}, **content}, sort_keys=False)
+        )
+        return file
+
+    return write_yaml
+
+
+def load(file, info=None):
+    return load_mixture(file, REGISTRY, info or {})
+
+
+def records(group):
+    return [group.source.read(i).data["i"] for i in range(len(group.source))]
+
+
+def test_the_list_form(write, tmp_path):
+    file = write(
+        talk={
+            "dataset_names": ["a", "b"],
+            "weight": 2,
+            "num_used_data": [3, 0],
+            "turns": 4,
+            "is_mandatory": True,
+        },
+        look={"dataset_names": ["b"], "image_transform_args": VIT},
+    )
+    before = file.read_text()
+    talk, look = load(file)
+    assert (talk.name, talk.weight, talk.is_mandatory, talk.options) == ("talk", 2.0, True, {"turns": 4})
+    assert (look.weight, look.is_mandatory, look.vit_transform, look.vae_transform) == (1.0, False, VIT, None)
+    assert talk.sources[0].location == {"jsonl_path": str(tmp_path / "a.jsonl")}
+    talk, look = build_groups([talk, look], tokenizer=None)
+    assert records(talk) == ["a0", "a1", "a2", *(f"b{i}" for i in range(10))]
+    assert talk.dataset.turns == 4
+    assert look.dataset.vit_transform.stride == 8
+    assert file.read_text() == before
+
+
+def test_the_mapping_form(write):
+    file = write(
+        talk={
+            "dataset_names": {"one": ["a"], "two": ["a", "b"]},
+            "weight": {"one": 1.0, "two": 3.0},
+            "num_used_data": {"one": [2], "two": [0, 4]},
+            "turns": 1,
+        }
+    )
+    one, two = load(file)
+    assert [(s.name, s.weight) for s in (one, two)] == [("talk_one", 1.0), ("talk_two", 3.0)]
+    assert [(s.start, s.end) for s in (*one.sources, *two.sources)] == [(0, 2), (0, None), (0, 4)]
+
+
+def test_two_groups_of_one_class(write):
+    file = write(
+        x={"type": "talk", "dataset_names": ["a"], "turns": 1},
+        y={"type": "talk", "dataset_names": ["b"], "turns": 2},
+    )
+    assert [(s.name, s.dataset_class, s.options["turns"]) for s in load(file)] == [
+        ("x", TalkDataset, 1),
+        ("y", TalkDataset, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    "used, names, expected",
+    [
+        (None, "ab", [(0, None), (0, None)]),
+        (0, "ab", [(0, None), (0, None)]),
+        (5, "ab", [(0, 5), (0, 5)]),
+        ([3, 0], "ab", [(0, 3), (0, None)]),
+        ([7], "a", [(0, 7)]),
+        ([2, 7], "a", [(2, 7)]),
+        ([0, 0], "a", [(0, None)]),
+        ({"a": [2, 7]}, "ab", [(2, 7), (0, None)]),
+        ({"a": 4, "b": [0, 0]}, "ab", [(0, 4), (0, None)]),
+    ],
+)
+def test_num_used_data_in_all_its_forms(used, names, expected):
+    assert used_ranges(used, list(names), "f: g.num_used_data") == expected
+
+
+@pytest.mark.parametrize("used", [[1, 2, 3], "all", {"c": [1, 2]}, [5, 2], [-1], {"a": [3, 3]}])
+def test_other_forms_are_refused(used):
+    with pytest.raises(ValueError, match="f: g.num_used_data"):
+        used_ranges(used, ["a"], "f: g.num_used_data")
+
+
+def test_how_a_pair_was_read_is_logged(caplog):
+    caplog.set_level("INFO")
+    used_ranges([2, 7], ["a"], "here")
+    used_ranges([2, 7], ["a", "b"], "here")
+    assert "of one data set is read as a range" in caplog.text
+    assert "is read as how many records of each data set" in caplog.text
+
+
+def test_shuffled_selection(write):
+    entry = {
+        "dataset_names": ["a"],
+        "num_used_data": [4],
+        "turns": 1,
+        "shuffle_lines": True,
+        "shuffle_seed": 3,
+    }
+    chosen = records(*build_groups(load(write(talk=entry)), None))
+    assert len(set(chosen)) == 4
+    assert chosen != ["a0", "a1", "a2", "a3"]
+    assert chosen == records(*build_groups(load(write(talk=entry)), None))
+
+
+def talk(**changes):
+    return {"dataset_names": ["a"], "turns": 1, **changes}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"tolk": talk()}, r"mix.yaml: tolk: no dataset class 'tolk'; did you mean 'talk'\?"),
+        ({"x": talk(type="tlk")}, r"mix.yaml: x: no dataset class 'tlk'; did you mean 'talk'\?"),
+        ({"talk": talk(wieght=1)}, r"mix.yaml: talk: unknown key 'wieght'; did you mean 'weight'\?"),
+        ({"talk": talk(shoot=1)}, r"mix.yaml: talk: unknown key 'shoot'; did you mean 'shout'\?"),
+        ({"talk": {"dataset_names": ["a"]}}, "mix.yaml: talk: the key 'turns' is missing"),
+        ({"talk": {"turns": 1}}, "mix.yaml: talk: the key 'dataset_names' is missing"),
+        ({"talk": talk(dataset_names=["aa"])}, r"nothing says where 'aa' is; did you mean 'a'\?.*dataset_info.talk.aa"),
+        ({"talk": talk(dataset_names="a")}, "talk.dataset_names: expected a list of data set names"),
+        ({"talk": talk(dataset_names={"p": []})}, "talk.dataset_names.p: expected a list"),
+        ({"talk": talk(dataset_names={"part": ["a"]}, weight={"prt": 1})}, "weight: no such group 'prt'; did you mean 'part'"),
+        ({"talk": talk(weight=-1)}, "talk.weight: expected a number from 0, found -1"),
+        ({"talk": talk(weight=0)}, "mix.yaml: no group with a weight above 0"),
+        ({"talk": talk(is_mandatory="yes")}, "talk.is_mandatory: expected true or false"),
+        ({"talk": ["a"]}, "mix.yaml: talk: expected keys such as 'dataset_names'"),
+        ({"look": {"dataset_names": ["a"]}}, "look: the key 'image_transform_args' is missing"),
+        ({"dataset_info": {"talk": {"a": {"jsonl": "x"}}}}, "talk.a: unknown key 'jsonl'; did you mean 'jsonl_path'"),
+        ({"dataset_info": {"tlk": {}}}, "dataset_info: no dataset class 'tlk'; did you mean 'talk'"),
+        ({"dataset_info": {"talk": {"a": {"tar_path": "x"}}}, "talk": talk()}, "the key 'jsonl_path' is missing, talk reads it"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(write, content, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(**content))
+
+
+def test_mistakes_in_transforms_and_files_name_the_group(write, tmp_path):
+    entry = {"dataset_names": ["a"], "image_transform_args": {**VIT, "image_strid": 8}}
+    with pytest.raises(ValueError, match=r"group 'look': .*'image_strid'"):
+        build_groups(load(write(look=entry)), None)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"group 'talk': .*a.jsonl: no such file; check 'jsonl_path'"):
+        build_groups(load(write(talk=talk())), None)
+    with pytest.raises(ValueError, match=r"group 'talk': b: records 50 to 60 .* change 'num_used_data'"):
+        build_groups(load(write(talk=talk(dataset_names=["b"], num_used_data=[50, 60]))), None)
+
+
+def test_a_repeated_key_is_refused(tmp_path):
+    file = tmp_path / "mix.yaml"
+    file.write_text("talk: {turns: 1}\ntalk: {turns: 2}\n")
+    with pytest.raises(ValueError, match="mix.yaml: .*line 2: the key 'talk' is there twice"):
+        load(file)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 'b"])
+def test_what_is_no_mixture_is_refused(tmp_path, text):
+    file = tmp_path / "mix.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="mix.yaml: "):
+        load(file)
+    with pytest.raises(ValueError, match="gone.yaml: cannot be read .*check --dataset_config_file"):
+        load(tmp_path / "gone.yaml")
+
+
+def test_environment_variables_are_filled_in(write, tmp_path, monkeypatch):
+    info = {"talk": {"a": {"jsonl_path": "${WEFT_TEST_DIR:.}/a.jsonl"}}}
+    file = write(dataset_info=info, talk=talk())
+    assert load(file)[0].sources[0].location["jsonl_path"] == str(tmp_path / "a.jsonl")
+    monkeypatch.setenv("WEFT_TEST_DIR", "/elsewhere")
+    assert load(file)[0].sources[0].location["jsonl_path"] == "/elsewhere/a.jsonl"
+    unset = write(dataset_info={"talk": {"a": {"jsonl_path": "${WEFT_TEST_UNSET}"}}}, talk=talk())
+    with pytest.raises(
+        ValueError,
+        match="dataset_info.talk.a.jsonl_path: the environment variable WEFT_TEST_UNSET is not set",
+    ):
+        load(unset)
+
+
+def test_locations_from_python(write, tmp_path):
+    info = {"talk": {"c": {"data_dir": "/data", "jsonl_path": "/data/c.jsonl", "num_total_samples": 1000}}}
+    (spec,) = load(write(talk=talk(dataset_names=["c"])), info)
+    assert spec.sources[0].location == {"data_dir": "/data", "jsonl_path": "/data/c.jsonl"}

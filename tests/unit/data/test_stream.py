@@ -1,0 +1,189 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dataset_base import DropoutSpec, SkipSample, check_sample, finish_sample
+from data.ledger import accounts, count_trained, format_accounts, require_few_rejects
+from data.order import sample_rng
+from data.stream import LaneStream, PackBudget, make_sample
+from data.types import LaneCursor, Origin, Region, Reject, Sample, Segment
+from tests.unit.data.toy_groups import fingerprint, group, lengths, mixed_groups, plan
+
+
+def take(stream, count):
+    return [stream.next_pack() for _ in range(count)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(20, 95), st.integers(0, 40), st.integers(1, 12), st.integers(0, 3))
+def test_packs_keep_to_the_budget_and_lose_nothing(expected, slack, max_buffer, lane):
+    budget = PackBudget(expected=expected, maximum=expected + slack, per_sample=10**6, max_buffer=max_buffer)
+    stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), LaneCursor(lane=lane))
+    trained, positions = Counter(), []
+    for batch in take(stream, 12):
+        assert 0 < batch.num_tokens <= budget.maximum
+        assert batch.num_tokens >= expected or len(batch.cursor.waiting) >= max_buffer
+        trained += count_trained(batch)
+        positions += [(o.group, o.position) for o in batch.origins]
+        positions += [(r.group, r.position) for r in batch.rejects]
+        accounts([batch.cursor], trained)  # raises if read != trained + waiting + rejected
+    everything = sorted(positions + list(batch.cursor.waiting))
+    read = sorted((g, lane + 4 * i) for g, n in batch.cursor.read.items() for i in range(n))
+    assert everything == read  # each exactly once
+
+
+def test_a_stream_rebuilt_from_any_cursor_goes_on_with_the_same_bytes():
+    packs = take(LaneStream(plan(), LaneCursor(lane=1)), 30)
+    assert any(p.cursor.waiting for p in packs)
+    for i in range(0, 29, 3):
+        cursor = LaneCursor.from_json(packs[i].cursor.to_json())
+        again = LaneStream(plan(), cursor).next_pack()
+        assert fingerprint(again) == fingerprint(packs[i + 1])
+
+
+def test_no_sample_waits_forever():
+    # The long one fills a pack alone, and the mandatory group wants a place in every pack.
+    groups = (group("short", [10] * 50, mandatory=True), group("long", [98] * 50))
+    packs = take(LaneStream(plan(*groups), LaneCursor(lane=0)), 40)
+    ages = [b.cursor.read["long"] for b in packs]
+    trained = Counter(o.group for p in packs for o in p.origins)
+    assert trained["long"] >= ages[-1] - 8
+
+
+def test_mandatory_groups_are_in_each_pack_where_they_fit():
+    groups = (group("rare", [12] * 30, weight=0.0, mandatory=True), group("often", lengths(100, 5, 30)))
+    for batch in take(LaneStream(plan(*groups), LaneCursor(lane=2)), 15):
+        assert Counter(o.group for o in batch.origins)["rare"] == 1
+        assert batch.num_tokens <= 100
+
+
+def test_a_group_smaller_than_the_number_of_lanes_is_read_evenly():
+    trained = Counter()
+    for lane in range(48):
+        stream = LaneStream(plan(group("tiny", [20, 20, 20]), num_lanes=48), LaneCursor(lane=lane))
+        trained.update(o.where for o in stream.next_pack().origins[:3])
+    assert trained == {"toy.jsonl:1": 48, "toy.jsonl:2": 48, "toy.jsonl:3": 48}
+
+
+def test_finished_samples_are_a_function_of_the_position():
+    settings_ = plan(group("image", [10] * 200, image=True))
+    samples = [make_sample(settings_, settings_.groups[0], 0, p) for p in range(200)]
+    dropped = [s.segments[1].dropped for s in samples]
+    assert 0.2 < sum(dropped) / 200 < 0.4
+    times = torch.tensor([s.segments[2].timestep for s in samples])
+    assert 0 < times.min() and times.max() <= 1
+    # median of sigmoid(N(0, 1)) is 0.5; the shift 3 moves it to 0.75
+    assert float(times.median()) == pytest.approx(0.75, abs=0.05)
+    assert (
+        len({s.segments[2].noise_seed for s in samples} | {s.segments[1].noise_seed for s in samples}) == 400
+    )
+    undropped = make_sample(replace(settings_, dropout=DropoutSpec()), settings_.groups[0], 0, 7)
+    assert undropped.segments[2].noise_seed == samples[7].segments[2].noise_seed
+
+
+def test_rejects_name_file_and_line_and_are_counted():
+    bad = lengths(3000, 5, 30)
+    bad[7] = -1
+    settings_ = plan(group("text", bad), num_lanes=1)
+    stream = LaneStream(settings_, LaneCursor(lane=0))
+    rejects, trained = [], Counter()
+    while not rejects:
+        batch = stream.next_pack()
+        rejects += batch.rejects
+        trained += count_trained(batch)
+    (reject,) = rejects
+    assert (reject.reason, reject.message) == ("bad_number", "toy.jsonl:8: the number is negative")
+    assert batch.cursor.rejected == {"text": {"bad_number": 1}}
+    result = accounts([batch.cursor], trained)
+    assert f"text {result['text'].read} = {result['text'].trained} + " in format_accounts(result)
+    require_few_rejects(result, {"text": 3000}, 0.001)
+    with pytest.raises(ValueError, match="group 'text': 1 of .* the limit is 0"):
+        require_few_rejects(result, {"text": 3000}, 0.0001)
+    with pytest.raises(ValueError, match="do not belong together"):
+        accounts([batch.cursor], {**trained, "text": trained["text"] - 1})
+
+
+@pytest.mark.parametrize("fault, reason", [("skip", "negative"), ("shape", "KeyError: 'value'")])
+def test_a_group_whose_every_record_is_bad_stops_the_run(fault, reason):
+    with pytest.raises(
+        ValueError, match=f"group 'bad': 1 record .*toy.jsonl.*{reason}.*--max_reject_fraction"
+    ):
+        LaneStream(plan(group("bad", [-1] * 3, fault=fault)), LaneCursor(lane=0)).next_pack()
+
+
+def test_nothing_loops_forever_even_if_every_reject_is_allowed():
+    with pytest.raises(ValueError, match="1000 records could not be used"):
+        LaneStream(plan(group("bad", [-1] * 3), max_reject_fraction=1.0), LaneCursor(lane=0)).next_pack()
+
+
+def test_an_error_in_a_dataset_class_is_not_taken_for_a_bad_record():
+    with pytest.raises(ZeroDivisionError):
+        LaneStream(plan(group("bad", [-1], fault="bug")), LaneCursor(lane=0)).next_pack()
+
+
+def test_too_long_samples_are_rejected():
+    made = make_sample(plan(), group("long", [101]), 0, 0)
+    assert isinstance(made, Reject)
+    assert made.reason == "too_long"
+    assert made.message.startswith("toy.jsonl:1: 101 tokens")
+
+
+def test_a_cursor_of_another_mixture_is_refused():
+    with pytest.raises(ValueError, match="made with a group 'gone'"):
+        LaneStream(plan(), LaneCursor(lane=0, read={"gone": 3}))
+    lost = LaneCursor(lane=0, read={"short": 1}, waiting=(("short", 0),))
+    with pytest.raises(ValueError, match="waited at the checkpoint"):
+        LaneStream(plan(group("short", [-1])), lost)
+
+
+@pytest.mark.parametrize(
+    "change", [{"expected": 0}, {"expected": 101}, {"per_sample": 0}, {"max_buffer": 0}], ids=str
+)
+def test_impossible_budgets_are_refused(change):
+    with pytest.raises(ValueError, match="--"):
+        PackBudget(**{"expected": 90, "maximum": 100, "per_sample": 100, "max_buffer": 5, **change})
+
+
+IMAGE = Segment(kind="und_image", pixels=torch.zeros(3, 8, 16, dtype=torch.uint8))
+ANSWER = Segment(kind="text", ids=torch.tensor([5]), supervised=True)
+
+
+def sample_with(**region):
+    region = Region(segment=1, token=0, image=0, name="the red 7", **region)
+    return Sample(
+        segments=(IMAGE, ANSWER), regions=(region,), origin=Origin(group="g", lane=0, position=0, where="f:3")
+    )
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[0.5, 0.1, 0.5, 0.9], [0.1, 0.2, 0.3, 1.2], [0.9, 0.1, 0.2, 0.5], [0, 0, 0, 0], [0, 0, float("nan"), 1]],
+)
+def test_impossible_boxes_are_skipped(box):
+    with pytest.raises(SkipSample, match="f:3: region 'the red 7': box") as e:
+        check_sample(sample_with(head="box", box=torch.tensor(box)))
+    assert e.value.reason == "bad_box"
+
+
+def test_masks_have_the_size_of_their_picture():
+    check_sample(sample_with(head="mask", mask=torch.ones(8, 16, dtype=torch.uint8)))
+    with pytest.raises(SkipSample, match="mask of 8x16 px on an image of 16x8 px") as e:
+        check_sample(sample_with(head="mask", mask=torch.ones(16, 8, dtype=torch.uint8)))
+    assert e.value.reason == "mask_size"
+
+
+def test_a_sample_without_a_target_is_skipped():
+    rng = sample_rng(0, "g", 0, "finish")
+    with pytest.raises(SkipSample) as e:
+        finish_sample(Sample(segments=(IMAGE,)), rng, DropoutSpec(), 1.0)
+    assert e.value.reason == "no_target"
+
+
+def test_groups_share_a_pack():
+    tasks = [set(b.tasks) for b in take(LaneStream(plan(), LaneCursor(lane=3)), 20)]
+    assert max(len(t) for t in tasks) >= 3
+    assert set().union(*tasks) == {g.name for g in mixed_groups()}

@@ -1,0 +1,47 @@
+"""Learning rates: the published numbers, and their way into the optimizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import build_args
+from train.optim import build_optimizer, lr_factor, set_learning_rates, trained_parameters
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "schedulers.json"
+SCHEDULES = json.loads(GOLDEN.read_text())["schedules"]
+
+
+@pytest.mark.parametrize("case", SCHEDULES, ids=lambda c: f"{c['kind']}-{c['peak_lr']}-{c['warmup_steps']}")
+def test_published_schedules(case: dict) -> None:
+    rates = {"lr": case["peak_lr"], "min_lr": case.get("min_lr", 0.0), "total_steps": case.get("total_steps", 1000)}
+    args = build_args({**rates, "lr_scheduler": case["kind"], "warmup_steps": case["warmup_steps"]}).optim
+    for step, expected in zip(case["steps"], case["lr"], strict=True):
+        assert args.lr * lr_factor(step, args) == pytest.approx(expected, rel=1e-6, abs=1e-18)
+
+
+def test_groups_keep_their_proportion() -> None:
+    args = build_args({"lr": 1e-3, "min_lr": 1e-4, "lr_scheduler": "cosine", "warmup_steps": 2, "total_steps": 10}).optim
+    model = nn.Linear(2, 2)
+    groups = [
+        {"name": "a", "params": [model.weight], "peak_lr": 1e-3},
+        {"name": "b", "params": [model.bias], "peak_lr": 4e-3},
+    ]
+    optimizer = build_optimizer(groups, args)
+    assert set_learning_rates(optimizer, 1, args) == pytest.approx({"a": 5e-4, "b": 2e-3})
+    assert set_learning_rates(optimizer, 10, args) == pytest.approx({"a": 1e-4, "b": 4e-4})
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 4e-4])
+    assert trained_parameters(optimizer) == [model.weight, model.bias]
+
+
+def test_adamw_is_the_textbook_formula() -> None:
+    args = build_args({"lr": 0.1, "weight_decay": 0.5, "warmup_steps": 0}).optim
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = build_optimizer([{"name": "a", "params": [p], "peak_lr": 0.1}], args)
+    set_learning_rates(optimizer, 0, args)
+    p.grad = torch.tensor([3.0, 0.0])
+    optimizer.step()
+    # First step: the bias-corrected moments are the gradient and its square; a zero gradient leaves only the decay.
+    torch.testing.assert_close(p.detach(), torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95]))

@@ -1,0 +1,103 @@
+"""Parameter groups: every published key has one, flags freeze and pace them, a stray is named."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import ParamArgs
+from train.param_manager import PARAM_GROUPS, describe, freeze, group_of, optimizer_groups
+
+NAMES = {
+    "language_model.model.embed_tokens.weight": "embeddings",
+    "language_model.lm_head.weight": "embeddings",
+    "language_model.model.layers.0.self_attn.q_proj.weight": "llm_und",
+    "language_model.model.layers.0.self_attn.q_proj_moe_gen.bias": "llm_gen",
+    "language_model.model.layers.0.mlp_moe_gen.gate_proj.weight": "llm_gen",
+    "language_model.model.layers.0.input_layernorm_moe_gen.weight": "llm_gen",
+    "language_model.model.norm.weight": "llm_und",
+    "language_model.model.norm_moe_gen.weight": "llm_gen",
+    "vit_model.vision_model.encoder.layers.0.mlp.fc1.weight": "vit",
+    "connector.fc1.weight": "connector",
+    "time_embedder.mlp.0.weight": "flow",
+    "vae2llm.weight": "flow",
+    "llm2vae.bias": "flow",
+    "heads.box.out.weight": "box",
+    "heads.mask.out.weight": "mask",
+    "latent_pos_embed.pos_embed": None,
+}
+
+
+class Named(nn.Module):
+    """A model with parameters of these names, one number each."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            is_table = leaf == "pos_embed"
+            module.register_parameter(leaf, nn.Parameter(torch.zeros(1), requires_grad=not is_table))
+
+
+@pytest.fixture
+def model() -> Named:
+    return Named(list(NAMES))
+
+
+def trained(model: nn.Module) -> set[str | None]:
+    return {group_of(name) for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("name", "group"), NAMES.items())
+def test_names(name: str, group: str | None) -> None:
+    assert group_of(name) == group
+
+
+@pytest.mark.parametrize(
+    ("flag", "frozen"),
+    [
+        ("freeze_llm", {"embeddings", "llm_und", "llm_gen"}),
+        ("freeze_mot_und", {"llm_und"}),
+        ("freeze_mot_gen", {"llm_gen"}),
+        ("freeze_vit", {"vit"}),
+        ("freeze_connector", {"connector"}),
+        ("freeze_flow", {"flow"}),
+        ("freeze_box", {"box"}),
+        ("freeze_mask", {"mask"}),
+    ],
+)
+def test_freezing(model: Named, flag: str, frozen: set[str]) -> None:
+    freeze(model, ParamArgs(**{flag: True}))
+    assert trained(model) == set(PARAM_GROUPS) - frozen
+
+
+def test_rates(model: Named) -> None:
+    args = ParamArgs(freeze_vit=True, llm_lr=2.0, mot_gen_lr=3.0, box_lr=0.0)
+    freeze(model, args)
+    rates = {group["name"]: group["peak_lr"] for group in optimizer_groups(model, args, 1.0)}
+    assert rates == {
+        "embeddings": 2.0, "llm_gen": 3.0, "llm_und": 2.0, "connector": 1.0, "flow": 1.0, "box": 0.0, "mask": 1.0,
+    }  # fmt: skip
+    table = describe(model, args, 1.0).splitlines()
+    assert "vit                            1  frozen" in table
+    assert table[-1] == "trained                       14  of 16"
+
+
+def test_every_trainable_parameter_is_in_one_group(model: Named) -> None:
+    groups = optimizer_groups(model, ParamArgs(), 1.0)
+    assert sum(len(group["params"]) for group in groups) == len(NAMES) - 1  # type: ignore[arg-type]
+
+
+def test_a_stray_is_named() -> None:
+    for use in (lambda m: freeze(m, ParamArgs()), lambda m: optimizer_groups(m, ParamArgs(), 1.0)):
+        with pytest.raises(ValueError, match=r"parameter heads\.depth\.out\.weight .* belongs to no group"):
+            use(Named(["connector.fc1.weight", "heads.depth.out.weight"]))
+
+
+def test_nothing_left_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze(Named(["connector.fc1.weight"]), ParamArgs(freeze_connector=True))

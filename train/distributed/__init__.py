@@ -1,0 +1,1 @@
+"""Everything that knows about ranks: the only package that imports `torch.distributed`."""

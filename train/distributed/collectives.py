@@ -1,0 +1,97 @@
+"""Small collective operations. Without a process group they are what they mean for one process.
+
+A rank that fails does not come back: the others notice when its connection closes, at the latest after the session's timeout.
+Where one rank does something for all (`on_main`), its failure is raised on every rank, with the same message.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, elementwise, as a new tensor without gradient."""
+    return _all_reduce(x, dist.ReduceOp.SUM)
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Maximum over ranks, elementwise, as a new tensor without gradient."""
+    return _all_reduce(x, dist.ReduceOp.MAX)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in order of rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Let rank 0 do something and tell the others.
+
+    Returns:
+        its result, on every rank.
+
+    Raises:
+        ValueError: on every rank, if it raised a `ValueError`, an `OSError` or a `RuntimeError`.
+    """
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = error
+    result, message = broadcast_object((result, None if failure is None else str(failure)))
+    if message is not None:
+        raise ValueError(message) from failure
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the body before the others do (say, to fill a cache that they then read)."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    y = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(y, op)
+    return y

@@ -1,0 +1,175 @@
+"""The life of one rank: process group, device, threads, seed; and how it ends, well or badly.
+
+`session()` opens a rank for the time of a `with`; `run_entry(main)` is the last line of every entry point. Without torchrun
+the group has one process, so nothing else needs to know the difference.
+
+Why `run_entry` leaves by `os._exit`: on gloo a worker thread may still hold the last collective's tensor when the interpreter
+finalises, and then aborts the process. Not finalising is the only certain cure.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 1.0
+"""How long a rank that may only be a victim waits before it speaks: torchrun ends it within this time if another failed first."""
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Who this process is among all of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def session(timeout_s: float = 600.0, seed: int = 0) -> Iterator[World]:
+    """Open the process group and everything that hangs on the rank.
+
+    Args:
+        timeout_s: how long a collective waits for the other ranks before it fails.
+        seed: of torch's global generator, made different per rank.
+
+    Yields:
+        this process's place. A group that is already open is used and left open.
+    """
+    world = _world()
+    _set_threads()
+    _set_logging(world.rank)
+    torch.manual_seed(seed * world.size + world.rank)
+    owned = not dist.is_initialized()
+    if owned:
+        _open_group(world, timeout_s)
+    try:
+        yield world
+    except BaseException:
+        # Other ranks may be waiting in a collective: no barrier here. The process ends at once and so do they.
+        if owned and world.size == 1:
+            dist.destroy_process_group()
+        raise
+    if owned:
+        if world.size > 1:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_entry(main: Callable[[], object]) -> NoReturn:
+    """Run an entry point and end the process: 0 when it returns, non-zero at once when it raises.
+
+    A `ValueError` is the user's business and becomes one line (`WEFT_TRACEBACK=1` shows where it came from); anything else keeps
+    its traceback. No rank waits for the others, so torchrun ends them within a bounded time.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(stop.code + "\n")
+        finish(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        finish(130)
+    except BaseException as error:  # noqa: BLE001 - the last line of the program: report whatever it is and end
+        _report(error)
+        finish(1)
+    finish(0)
+
+
+def finish(code: int = 0) -> NoReturn:
+    """End the process without finalising the interpreter. Writers have to be closed before."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _world() -> World:
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {rank} needs GPU {local_rank}, this machine has {torch.cuda.device_count()}; "
+                "lower --nproc_per_node (or set CUDA_VISIBLE_DEVICES= to train on the CPU)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return World(rank=rank, local_rank=local_rank, size=size, device=device)
+
+
+def _open_group(world: World, timeout_s: float) -> None:
+    # A gloo side beside NCCL carries objects and CPU tensors; "cpu:gloo,cuda:nccl" is refused where there is no CUDA.
+    on_gpu = world.device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=world.device if on_gpu else None)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _set_threads() -> None:
+    """`OMP_NUM_THREADS` if given, else this node's cores divided among its ranks: more threads than cores spin each other out."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(
+        int(given) if given else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )
+
+
+def _set_logging(rank: int) -> None:
+    """Rank 0 tells everything, the others only warnings, with their number. A caller's own set-up is kept."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=prefix + "%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+
+
+def _report(error: BaseException) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    if rank or any(sign in str(error) for sign in LOST_PEER):
+        time.sleep(PATIENCE_S)
+    for_people = isinstance(error, ValueError) and os.environ.get("WEFT_TRACEBACK") != "1"
+    if not for_people:
+        traceback.print_exception(error)
+    line = f"error: {error}" if for_people else f"error: {type(error).__name__}: {error}"
+    sys.stderr.write((line if rank == 0 else f"[rank {rank}] {line}") + "\n")
+    # torchrun ends its own report with what it finds in this file; without it the person would read a pointer to a web page.
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reply = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        try:
+            Path(file).write_text(json.dumps({"message": reply}), encoding="utf-8")
+        except OSError as e:
+            logger.warning("could not tell torchrun the cause: %s", e)

@@ -1,0 +1,207 @@
+"""The finished model -> FSDP2 units, and what training does to sharded parameters. Everything peculiar to FSDP2 stands here.
+
+Order of use: `shard_model` (on the meta device) -> `materialise` -> train. Gradients are SUMS over ranks: losses are divided by
+global counts before backward, so nothing here divides.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from modeling.bagel.shard_plan import ShardUnit
+from modeling.types import FeatureGrids, HeadOutput, ModelOutput
+from train.config import FsdpArgs
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+CARRIERS = (ModelOutput, HeadOutput, FeatureGrids)
+"""Dataclasses in which tensors leave a sharded module. FSDP2 looks for them through pytrees and would miss their gradients."""
+
+FillValue = Callable[[str, torch.Size], Tensor]
+"""(name of a parameter, its full shape) -> its full value."""
+
+
+def shard_model(
+    model: nn.Module, units: Sequence[ShardUnit], mesh: DeviceMesh, args: FsdpArgs
+) -> tuple[str, ...]:
+    """Shard a model in place, inner units before outer ones, the root last.
+
+    Args:
+        model: whole, on any device (best: meta); freezing must be done.
+        units: how it falls into units. One with fewer parameters of its own than `args.min_unit_params` joins the unit around it.
+        mesh: of `build_mesh`.
+        args: strategy and precision.
+
+    Returns:
+        names of the units that stand alone; the root is not among them.
+    """
+    for carrier in CARRIERS:
+        _make_transparent(carrier)
+    if args.recompute:
+        for unit in units:
+            if unit.recompute:
+                _recompute(model.get_submodule(unit.fqn))
+    keep = args.sharding_strategy in ("SHARD_GRAD_OP", "NO_SHARD")
+    flat = (
+        mesh["shard"] if mesh["replicate"].size() == 1 else mesh
+    )  # a replica group of one would only cost a collective
+    claimed: set[int] = set()
+    chosen = []
+    for unit in sorted(units, key=lambda u: -u.fqn.count(".")):
+        module = model.get_submodule(unit.fqn)
+        own = [p for p in module.parameters() if id(p) not in claimed]
+        if sum(p.numel() for p in own) < max(1, args.min_unit_params):
+            continue
+        claimed.update(id(p) for p in own)
+        reshard = unit.reshard and not keep
+        fully_shard(module, mesh=flat, reshard_after_forward=reshard, mp_policy=_policy(args, root=False))
+        _guard_outputs(module, unit.fqn)
+        chosen.append(unit.fqn)
+    fully_shard(model, mesh=flat, reshard_after_forward=False, mp_policy=_policy(args, root=True))
+    _guard_outputs(model, "the model")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has neither an average nor a pre-multiplied sum.
+            module.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
+    return tuple(chosen)
+
+
+def materialise(model: nn.Module, device: torch.device, value: FillValue) -> None:
+    """Give the parameters of a meta-device model memory and values.
+
+    Every rank makes each full value in turn and keeps its own piece, so no rank ever holds the whole model and nothing is sent.
+
+    Raises:
+        ValueError: if a value has another shape than its parameter.
+    """
+    lost = [name for name, b in model.named_buffers() if b.is_meta]
+    assert not lost, (
+        f"buffers would come out of nowhere: {lost}; compute them in forward or make them parameters"
+    )
+    model.to_empty(device=device)
+    fill(model, value)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, value: FillValue) -> None:
+    """Write full values into a model, sharded or not; `value` is asked once per parameter, the same on every rank."""
+    for name, p in model.named_parameters():
+        full = value(name, p.shape)
+        if full.shape != p.shape:
+            raise ValueError(
+                f"{name}: the value has shape {list(full.shape)}, the model needs {list(p.shape)}"
+            )
+        write_full(p, full)
+
+
+@torch.no_grad()
+def write_full(target: Tensor, full: Tensor) -> None:
+    """Copy a full tensor, equal on all ranks, into this rank's piece of `target`."""
+    full = full.to(device=target.device, dtype=target.dtype)
+    if isinstance(target, DTensor):
+        piece = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(piece.to_local())
+    else:
+        target.copy_(full)
+
+
+@torch.no_grad()
+def full_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, one gathered at a time; every rank must call. Other ranks get an empty dict."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    whole = {}
+    for name, x in named:
+        full = x.full_tensor() if isinstance(x, DTensor) else x
+        if is_main:
+            whole[name] = full.detach().to("cpu", copy=True)
+    return whole
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's piece of a tensor, sharing its memory. Call it under `no_grad`."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def sync_gradients(model: nn.Module, on: bool) -> None:
+    """Whether the next backward sums gradients over ranks: off for all but the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their joint L2 norm is at most `max_norm`; one collective for all of them.
+
+    Args:
+        parameters: all of one model.
+        max_norm: 0 only measures.
+
+    Returns:
+        float32 scalar, the norm before, equal on all ranks.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    pieces = [local(g) for g in grads]
+    square = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square().sum()
+    first = grads[0]
+    if isinstance(first, DTensor):
+        # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice.
+        dist.all_reduce(square, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
+    norm = square.sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _policy(args: FsdpArgs, *, root: bool) -> MixedPrecisionPolicy:
+    # Only the root casts its outputs: a nested unit would feed float32 activations to the next unit's bf16 parameters. The root
+    # does not cast its inputs: it would reach into the batch and round the flow's timesteps.
+    param, reduce = DTYPES[args.param_dtype], DTYPES[args.reduce_dtype]
+    mixed = param is not torch.float32
+    return MixedPrecisionPolicy(
+        param_dtype=param if mixed else None,
+        reduce_dtype=reduce if reduce is not param else None,
+        output_dtype=torch.float32 if mixed and root else None,
+        cast_forward_inputs=mixed and not root,
+    )
+
+
+def _recompute(module: nn.Module) -> None:
+    # Not torch's wrapper module: it would change the names of the parameters.
+    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+@functools.cache
+def _make_transparent(carrier: type) -> None:
+    names = tuple(f.name for f in fields(carrier))
+    pytree.register_pytree_node(
+        carrier,
+        lambda x: ([getattr(x, n) for n in names], None),
+        lambda values, _: carrier(**dict(zip(names, values, strict=True))),
+    )
+
+
+def _guard_outputs(module: nn.Module, fqn: str) -> None:
+    """Refuse an output in which FSDP2 would see no tensor: its gradients would silently stay unsummed."""
+
+    def check(module: nn.Module, args: object, output: object) -> None:
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output)):
+            raise AssertionError(
+                f"{fqn} returns {type(output).__name__}, which is not in CARRIERS of train/distributed/sharding.py"
+            )
+
+    module.register_forward_hook(check)

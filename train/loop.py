@@ -1,0 +1,154 @@
+"""The one training loop. In: a sharded model with its state, endless packs. Out: steps, reports, checkpoints."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.ledger import accounts, count_trained, format_accounts, require_few_rejects
+from data.types import PackedBatch
+from modeling.bagel.latents import LatentEncoder
+from train.checkpoint import Checkpoints
+from train.config import Args
+from train.distributed.collectives import all_sum, gather_objects
+from train.distributed.session import World
+from train.distributed.sharding import clip_grad_norm, sync_gradients
+from train.objective import Objective
+from train.optim import set_learning_rates, trained_parameters
+from train.report import Reporter, StepReport
+from train.state import TrainState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What does not change while training.
+
+    Attributes:
+        args: all flags.
+        world: this rank's place.
+        objective: losses and weights.
+        encoder: pictures to latents.
+        group_sizes: records per group of the mixture, for the limit on rejects.
+    """
+
+    args: Args
+    world: World
+    objective: Objective
+    encoder: LatentEncoder
+    group_sizes: Mapping[str, int]
+
+
+def train(
+    run: Run, state: TrainState, batches: Iterator[PackedBatch], checkpoints: Checkpoints, reporter: Reporter
+) -> None:
+    """Train up to `--total_steps`.
+
+    Raises:
+        ValueError: on every rank, if too many records cannot be used, or a loss is not finite.
+    """
+    total, every = run.args.optim.total_steps, run.args.checkpoint.save_every
+    while state.step < total:
+        report = training_step(run, state, batches)
+        reporter.step(report)
+        if state.step % run.args.train.log_every == 0 or state.step == total:
+            reporter.note(check_accounts(run, state))
+        if state.step % every == 0 or state.step == total:
+            checkpoints.save(state)
+
+
+def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -> StepReport:
+    """One optimizer update: all ranks, all micro-batches."""
+    started = time.perf_counter()
+    accumulation = run.args.train.gradient_accumulation_steps
+    packs = [next(batches).to(run.world.device) for _ in range(accumulation)]
+    # Counted before any backward: each loss is divided once, by what the whole step has of it.
+    own = torch.stack([run.objective.counts(p) for p in packs]).sum(0)
+    extra = [sum(p.num_tokens for p in packs), sum(len(p.origins) for p in packs), sum(len(p.rejects) for p in packs)]
+    *counts, tokens, samples, rejects = all_sum(torch.cat([own, own.new_tensor(extra)])).tolist()
+
+    totals = torch.zeros(len(counts), dtype=torch.float64)
+    for i, pack in enumerate(packs):
+        sync_gradients(state.model, on=i == accumulation - 1)
+        totals += _forward_backward(run, state, pack, torch.tensor(counts))
+    norm = clip_grad_norm(trained_parameters(state.optimizer), run.args.optim.max_grad_norm)
+    totals = _require_finite(run, state, packs, totals, norm)
+    lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.step)
+
+    state.step += 1
+    state.packs_consumed += run.world.size * accumulation
+    for pack in packs:
+        state.consume(pack.cursor, count_trained(pack))
+    _write_rejects(run, packs)
+    if rejects:
+        check_accounts(run, state)
+    means = {n: t / c if c else 0.0 for n, t, c in zip(run.objective.weights, totals.tolist(), counts, strict=True)}
+    return StepReport(
+        step=state.step,
+        loss=sum(run.objective.weights[n] * m for n, m in means.items()),
+        losses=means,
+        counts=dict(zip(run.objective.weights, counts, strict=True)),
+        lr=lr,
+        total_norm=float(norm),
+        tokens=int(tokens),
+        samples=int(samples),
+        seconds=time.perf_counter() - started,
+        memory_mib=_memory(run.world.device),
+    )
+
+
+def check_accounts(run: Run, state: TrainState) -> str:
+    """The line `read = trained + waiting + rejected` per group; every rank must call.
+
+    Raises:
+        ValueError: if the law does not hold, or too many records were rejected.
+    """
+    now = accounts(state.all_cursors(), state.all_trained())
+    require_few_rejects(now, run.group_sizes, run.args.data.max_reject_fraction)
+    return format_accounts(now)
+
+
+def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, counts: Tensor) -> Tensor:
+    """Add one pack's gradient; returns its summed losses, `k` float64 on the CPU."""
+    flow = run.encoder(pack)
+    output = state.model(pack, flow.noised)
+    terms = run.objective.terms(output, pack, flow)
+    run.objective.scalar(terms, counts).backward()
+    return torch.stack([t.total.detach() for t in terms]).double().cpu()
+
+
+def _require_finite(run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor) -> Tensor:
+    """The totals summed over ranks, if they and the gradient's norm are finite; nothing is updated otherwise."""
+    everywhere = all_sum(totals)
+    if everywhere.isfinite().all() and norm.isfinite().all():
+        return everywhere
+    bad = [n for n, t in zip(run.objective.weights, totals.tolist(), strict=True) if not torch.tensor(t).isfinite()]
+    mine = f"rank {run.world.rank}: {', '.join(bad)} in a pack of {', '.join(o.where for p in packs for o in p.origins)}"
+    places = [line for line in gather_objects(mine if bad else "") if line]
+    cause = "; ".join(places) or f"losses are finite, the gradient's norm is {float(norm)}; lower --lr or --max_grad_norm"
+    raise ValueError(f"step {state.step + 1} is not finite: {cause}")
+
+
+def _write_rejects(run: Run, packs: list[PackedBatch]) -> None:
+    """Append this rank's unusable records to `rejects.RANK.jsonl`."""
+    rows = [asdict(r) for p in packs for r in p.rejects]
+    if rows:
+        path = Path(run.args.checkpoint.results_dir) / f"rejects.{run.world.rank}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    peak = {
+        "mem_allocated": torch.cuda.max_memory_allocated(device),
+        "mem_cache": torch.cuda.max_memory_reserved(device),
+    }
+    return {name: value / 2**20 for name, value in peak.items()}

@@ -1,0 +1,148 @@
+"""Train: `torchrun --nproc_per_node=N train/main.py --dataset_config_file MIXTURE.yaml --model_path DIR …` (see `--help`).
+
+Reads as the table of contents of a training run.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
+
+import torch
+
+from data.dataset_base import DropoutSpec
+from data.layout import LayoutSpec
+from data.loader import build_loader
+from data.mixture import Group, build_groups, load_mixture
+from data.stream import PackBudget
+from data.tokens import Tokenizer
+from modeling.autoencoder import load_autoencoder
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.latents import LatentEncoder
+from modeling.bagel.shard_plan import shard_plan
+from modeling.build import build_model, initial_values, stored_values, weights_kind
+from train.checkpoint import Checkpoints, Start
+from train.config import Args, parse_args
+from train.distributed.mesh import build_mesh
+from train.distributed.session import World, run_entry, session
+from train.distributed.sharding import FillValue, materialise, shard_model
+from train.ema import Ema
+from train.export import export_model
+from train.loop import Run, train
+from train.objective import Objective
+from train.optim import build_optimizer
+from train.param_manager import describe, freeze, optimizer_groups
+from train.report import Reporter
+from train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One run, from flags to exported model."""
+    args = parse_args(argv)
+    with session(args.train.dist_timeout_s, args.train.global_seed) as world:
+        torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
+        tokenizer = Tokenizer(args.model.model_path)
+        groups = build_groups(load_mixture(args.data.dataset_config_file), tokenizer)
+        checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
+        start = checkpoints.open(args.checkpoint)
+
+        model = build_model(args.model.model_path)  # meta device, plain modules
+        _require_vocabulary(model, tokenizer)
+        freeze(model, args.params)
+        values = starting_values(args, model, start)
+        logger.info("%s", describe(model, args.params, args.optim.lr))
+        if args.train.validate_only:
+            return validate(model, groups)
+        mesh = build_mesh(args.fsdp, world.size, world.device.type)
+        shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
+        materialise(model, world.device, values)
+
+        optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
+        ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
+        state = TrainState.create(model, optimizer, ema, args.data.num_lanes)
+        if start is not None and not start.published:
+            checkpoints.restore(state, start)
+
+        vae = load_autoencoder(args.model.model_path, world.device)
+        run = Run(
+            args=args,
+            world=world,
+            objective=Objective.build(args.loss.weights(), model.config.heads),
+            encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
+            group_sizes={g.name: len(g.source) for g in groups},
+        )
+        batches = open_loader(args, groups, tokenizer, world, state)
+        with Reporter(
+            Path(args.checkpoint.results_dir),
+            first_step=state.step,
+            total_steps=args.optim.total_steps,
+            log_every=args.train.log_every,
+            tensorboard=args.train.enable_tensorboard,
+            is_main=world.is_main,
+        ) as reporter:
+            train(run, state, batches, checkpoints, reporter)
+        target = Path(args.checkpoint.results_dir) / "model"
+        export_model(state, Path(args.model.model_path), target)
+        logger.info("wrote the trained model to %s", target)
+
+
+def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
+    """Where the weights come from: a checkpoint of ours is read later, over random values."""
+    if start is not None and not start.published:
+        return initial_values(model.config, args.train.global_seed)
+    directory = args.model.model_path if start is None else start.path
+    if start is None and args.model.from_scratch:
+        return initial_values(model.config, args.train.global_seed)
+    return stored_values(directory, model, weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema))
+
+
+def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World, state: TrainState):
+    """The packs of this rank, from where the state stands."""
+    data = args.data
+    return build_loader(
+        groups=groups,
+        layout=LayoutSpec.from_model_dir(args.model.model_path),
+        special=tokenizer.special,
+        seed=data.data_seed,
+        budget=PackBudget(
+            expected=data.expected_num_tokens,
+            maximum=data.max_num_tokens,
+            per_sample=data.max_num_tokens_per_sample,
+            max_buffer=data.max_buffer_size,
+        ),
+        dropout=DropoutSpec(
+            text=data.text_cond_dropout_prob, vit=data.vit_cond_dropout_prob, vae=data.vae_cond_dropout_prob
+        ),
+        timestep_shift=data.timestep_shift,
+        max_reject_fraction=data.max_reject_fraction,
+        num_lanes=data.num_lanes,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+        cursors=[state.cursors[lane] for lane in range(data.num_lanes)],
+        packs_consumed=state.packs_consumed,
+    )
+
+
+def validate(model: Bagel, groups: tuple[Group, ...]) -> None:
+    """`--validate_only`: show what would be trained on what, and read one record of every group."""
+    for unit in shard_plan(model.config):
+        logger.info("unit %s", unit)
+    for group in groups:
+        logger.info("group %s: %d records, weight %g; first: %s", group.name, len(group.source), group.weight,
+                    group.source.read(0).where)  # fmt: skip
+    logger.info("valid: nothing was trained")
+
+
+def _require_vocabulary(model: Bagel, tokenizer: Tokenizer) -> None:
+    size = model.config.llm.vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(f"{tokenizer.path}: has {len(tokenizer)} tokens, llm_config.json says vocab_size {size}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,64 @@
+"""AdamW and the learning rate of every step. The schedule is a function of the step, so it has no state to save."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from train.config import OptimArgs
+
+
+def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> torch.optim.AdamW:
+    """AdamW over parameter groups.
+
+    Args:
+        groups: each with `name`, `params` and `peak_lr` (`train.param_manager.optimizer_groups`).
+        args: moments, eps, decay.
+
+    Returns:
+        the optimizer; `set_learning_rates` has to run before its first step.
+    """
+    # Fused: one call for all parameters. The loop over single tensors costs more than the arithmetic on small models.
+    return torch.optim.AdamW(
+        [dict(group) for group in groups],
+        lr=args.lr,
+        betas=(args.beta1, args.beta2),
+        eps=args.eps,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, args: OptimArgs) -> float:
+    """What a group's peak learning rate is multiplied with.
+
+    Args:
+        step: updates done before this one; the first is 0.
+        args: schedule.
+
+    Returns:
+        `step / warmup` while warming up; then 1 (`constant`), or half a cosine from 1 down to `min_lr / lr` at `total_steps`.
+
+    Source: the published Bagel trainer (056b5fd), whose first update has learning rate 0 if there is a warm-up.
+    """
+    if step < args.warmup_steps:
+        return step / args.warmup_steps
+    if args.lr_scheduler == "constant" or args.lr == 0:
+        return 1.0
+    floor = args.min_lr / args.lr
+    progress = (step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, args: OptimArgs) -> dict[str, float]:
+    """Set every group's learning rate for update number `step` (the first is 0); returns them by group name."""
+    factor = lr_factor(step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that the optimizer changes."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

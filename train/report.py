@@ -1,0 +1,232 @@
+"""What a run tells, in `--results_dir` and from rank 0: a line to follow, `train_log.jsonl`, `log.txt`, TensorBoard files.
+
+In: one `StepReport` per step. `train_log.jsonl` has every step's own values; progress lines and TensorBoard have means over
+`--log_every` steps.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE, TEXT_FILE, TENSORBOARD_DIR = "train_log.jsonl", "log.txt", "tensorboard"
+COUNT_TAGS = {"ce": "total_ce_tokens", "mse": "total_mse_tokens"}
+"""Published names of the terms' counts; other terms' are `total_<term>`."""
+RECENT_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, over all ranks and micro-batches: the only thing that loggers see.
+
+    Attributes:
+        step: updates done, this one included.
+        loss: weighted total.
+        losses: mean of each term.
+        counts: what each term was divided by.
+        lr: by parameter group, as used in this step.
+        total_norm: of the gradients, before clipping.
+        tokens, samples: trained on.
+        seconds: of wall time.
+        memory_mib: highest on this rank's accelerator: `mem_allocated`, `mem_cache`.
+    """
+
+    step: int
+    loss: float
+    losses: Mapping[str, float]
+    counts: Mapping[str, float]
+    lr: Mapping[str, float]
+    total_norm: float
+    tokens: int
+    samples: int
+    seconds: float
+    memory_mib: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def top_lr(self) -> float:
+        """Learning rate of the fastest group."""
+        return max(self.lr.values())
+
+    def log_entry(self) -> dict[str, Any]:
+        """A line of `train_log.jsonl`."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            **self.losses,
+            "lr": self.top_lr,
+            "total_norm": self.total_norm,
+            "tokens_per_sec": round(self.tokens / self.seconds, 1),
+            "samples_per_sec": round(self.samples / self.seconds, 2),
+            "time": round(time.time(), 3),
+        }
+
+
+class Reporter:
+    """Writes reports; on ranks other than 0 it does nothing.
+
+    Args:
+        directory: `--results_dir`.
+        first_step: updates done before; what an earlier run logged beyond it is dropped.
+        total_steps, log_every: of the run.
+        tensorboard: whether to write TensorBoard files.
+        is_main: whether this rank writes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        log_every: int,
+        tensorboard: bool,
+        is_main: bool,
+    ):
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self.is_main = is_main
+        self._window: list[StepReport] = []
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        if not is_main:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._log = _open_log(directory / LOG_FILE, first_step)
+            self._handler = logging.FileHandler(directory / TEXT_FILE, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"{directory}: cannot write here ({error.strerror}); choose another --results_dir"
+            ) from error
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logging.getLogger().addHandler(self._handler)
+        self._board = _open_board(directory / TENSORBOARD_DIR, first_step) if tensorboard else None
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self, report: StepReport) -> None:
+        """Take in one step."""
+        if not self.is_main:
+            return
+        self._log.write(json.dumps(report.log_entry()) + "\n")
+        self._log.flush()
+        self._window.append(report)
+        self._recent.append(report.seconds)
+        if report.step % self.log_every == 0 or report.step >= self.total_steps:
+            left_s = (self.total_steps - report.step) * sum(self._recent) / len(self._recent)
+            means = window_means(self._window)
+            logger.info(progress_line(self._window, means, self.total_steps, left_s))
+            self.scalars(report.step, means)
+            self._window = []
+
+    def note(self, line: str) -> None:
+        """Say something between progress lines."""
+        if self.is_main:
+            logger.info("%s", line)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values to TensorBoard (say, of a validation)."""
+        if self.is_main and self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Write out everything; before the process ends, because it does not end the usual way."""
+        if not self.is_main:
+            return
+        self._log.close()
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def window_means(window: list[StepReport]) -> dict[str, float]:
+    """TensorBoard's tags over some steps: each term's mean is over all that it counted, rates are over all the time."""
+    last, seconds = window[-1], sum(r.seconds for r in window)
+    tokens, samples = sum(r.tokens for r in window), sum(r.samples for r in window)
+    means = {"loss": sum(r.loss for r in window) / len(window)}
+    for name in dict.fromkeys(name for r in window for name in r.losses):
+        counts = [r.counts.get(name, 0.0) for r in window]
+        if sum(counts):
+            means[name] = sum(r.losses.get(name, 0.0) * c for r, c in zip(window, counts, strict=True)) / sum(
+                counts
+            )
+        means[COUNT_TAGS.get(name, f"total_{name}")] = sum(counts)
+    means["lr"] = last.top_lr
+    means.update({f"lr_{group}": rate for group, rate in last.lr.items()})
+    means["total_norm"] = sum(r.total_norm for r in window) / len(window)
+    means["total_samples"] = samples
+    means["tokens_per_step"] = tokens / len(window)
+    means["tokens_per_sec"] = tokens / seconds
+    means["samples_per_sec"] = samples / seconds
+    return {**means, **last.memory_mib}
+
+
+def progress_line(
+    window: list[StepReport], means: Mapping[str, float], total_steps: int, left_s: float
+) -> str:
+    """One line for people: where the run is, how it does, when it ends."""
+    last = window[-1]
+    names = dict.fromkeys(name for r in window for name in r.losses)
+    terms = " ".join(f"{name} {means[name]:.4f}" for name in names if name in means)
+    width = len(str(total_steps))
+    return (
+        f"step {last.step:>{width}}/{total_steps} | loss {means['loss']:.4f} | {terms} | lr {means['lr']:.1e} "
+        f"norm {means['total_norm']:.2f} | {_short(means['tokens_per_sec'])} tok/s {means['samples_per_sec']:.1f} samples/s | "
+        f"{duration(left_s)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `3m20s`, `2h05m`, `4d03h`."""
+    s = max(0, math.ceil(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number < 1000 else f"{number / 1000:.1f}k"
+
+
+def _open_log(path: Path, first_step: int) -> TextIO:
+    """Open for appending after dropping lines beyond `first_step`, and a last line that a killed run left half-written."""
+    if path.exists():
+        draft = path.with_suffix(".tmp")
+        with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
+            new.writelines(line for line in old if _logged_step(line) <= first_step)
+        os.replace(draft, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _open_board(directory: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # a slow import that only rank 0 needs
+
+    return SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)

@@ -1,0 +1,103 @@
+"""All that a run has to remember: weights, their average, optimizer, step, and where the data stands.
+
+The learning rate is a function of the step, and every random choice about a sample one of its place, so neither has state.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.types import LaneCursor
+from train.distributed.collectives import gather_objects, rank
+from train.ema import Ema
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainState:
+    """What a step changes and a checkpoint holds.
+
+    Attributes:
+        model, optimizer, ema: after sharding.
+        cursors: of every lane; this rank keeps those of its own lanes up to date, in `consume`.
+        step: optimizer updates done.
+        packs_consumed: packs that all ranks together have trained on.
+        trained: samples that this rank has trained on, by group. The sum over ranks is what counts.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: Ema
+    cursors: dict[int, LaneCursor]
+    step: int = 0
+    packs_consumed: int = 0
+    trained: Counter[str] = field(default_factory=Counter)
+
+    @staticmethod
+    def create(model: nn.Module, optimizer: torch.optim.AdamW, ema: Ema, num_lanes: int) -> "TrainState":
+        """The state at the beginning of a run."""
+        cursors = {lane: LaneCursor(lane=lane) for lane in range(num_lanes)}
+        return TrainState(model=model, optimizer=optimizer, ema=ema, cursors=cursors)
+
+    def consume(self, cursor: LaneCursor, trained: Mapping[str, int]) -> None:
+        """Note a pack of this rank as trained on; `packs_consumed` counts all ranks' and is the loop's to raise."""
+        self.cursors[cursor.lane] = cursor
+        self.trained.update(trained)
+
+    def all_cursors(self) -> tuple[LaneCursor, ...]:
+        """The newest cursor of every lane, over all ranks; every rank must call."""
+        newest: dict[int, LaneCursor] = {}
+        for cursors in gather_objects(self.cursors):
+            for lane, cursor in cursors.items():
+                if lane not in newest or cursor.packs > newest[lane].packs:
+                    newest[lane] = cursor
+        return tuple(newest[lane] for lane in sorted(newest))
+
+    def all_trained(self) -> Counter[str]:
+        """Samples trained on by all ranks, by group; every rank must call."""
+        return sum(gather_objects(self.trained), Counter())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, as stored."""
+        return {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights, as stored."""
+        return {f"ema.{n}": x for n, x in self.ema.averages.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, as stored. Where it has not stepped yet, they are made, with the values it would give them."""
+        names = {p: n for n, p in self.model.named_parameters()}
+        tensors = {}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                entry = self.optimizer.state[p]
+                if not entry:
+                    entry["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    entry.update({moment: torch.zeros_like(p) for moment in MOMENTS})
+                tensors.update({f"optim.{key}.{names[p]}": entry[key] for key in ("step", *MOMENTS)})
+        return tensors
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored as tensors: loading in place restores it."""
+        return {**self.weights(), **self.averages(), **self.moments()}
+
+    def progress(self) -> dict[str, Any]:
+        """Everything else, over all ranks, JSON-able; every rank must call."""
+        return {
+            "step": self.step,
+            "packs_consumed": self.packs_consumed,
+            "trained": dict(self.all_trained()),
+            "lanes": [cursor.to_json() for cursor in self.all_cursors()],
+        }
+
+    def load_progress(self, stored: Mapping[str, Any]) -> None:
+        """Take over what `progress` gave, on any number of ranks."""
+        self.step, self.packs_consumed = int(stored["step"]), int(stored["packs_consumed"])
+        self.trained = Counter(stored["trained"] if rank() == 0 else {})
+        self.cursors = {int(lane["lane"]): LaneCursor.from_json(lane) for lane in stored["lanes"]}
