@@ -4,6 +4,8 @@
 
 VENV ?= .venv
 RUN ?= runs/quickstart
+SEED ?= 0
+NPROC ?= 2
 PYTHON ?=
 PYTEST_ARGS ?=
 
@@ -24,11 +26,11 @@ help:
 environment: $(READY)
 
 $(READY): requirements.txt requirements-dev.txt scripts/make_environment.sh
-	PYTHON="$(PYTHON)" bash scripts/make_environment.sh "$(VENV)" requirements-dev.txt
-	touch $@
+	start=$$(date +%s); PYTHON="$(PYTHON)" bash scripts/make_environment.sh "$(VENV)" requirements-dev.txt && \
+		echo $$(($$(date +%s) - start)) >$@
 
 demo: $(READY)
-	bash scripts/quickstart.sh "$(BIN)" "$(RUN)"
+	WEFT_SETUP_SECONDS="$$(cat $(READY))" $(BIN)/python scripts/quickstart.py --output_dir "$(RUN)" --seed "$(SEED)" --nproc "$(NPROC)"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

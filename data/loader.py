@@ -11,8 +11,10 @@ descriptor per tensor, a large `/dev/shm`, and leaves segments behind when a ran
 import io
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -210,6 +212,16 @@ def _from_workers(stream: RankStream, num_workers: int, prefetch_factor: int) ->
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C and ends its workers
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    # torch watches the process that forked the worker. That is the fork server, and it lives as long as its workers do: without
+    # this, a killed trainer would leave them all behind.
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _messages(packs: Iterator[PackedBatch]) -> Iterator[bytes | WorkerFailure]:

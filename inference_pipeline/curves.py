@@ -42,7 +42,7 @@ HIDDEN = {
 }
 LINEAR = {"lr", "tokens_per_sec"}
 EXACT = {"lr"}
-"""Not measured but set: drawn as they are."""
+"""Set, not measured: drawn as they are."""
 
 
 def read_log(path: Path) -> dict[str, Points]:
@@ -199,8 +199,9 @@ class Axes:
 
 def chart(key: str, points: Points) -> str:
     """One chart: the values faint, their running mean over them, the last mean written out."""
-    raw = envelope(points)
-    line = raw if key in EXACT else smooth(points)
+    raw, line = envelope(points), smooth(points)
+    if key in EXACT:
+        raw = line = [run[-1] for run in _runs(points, MAX_POINTS)]
     axes = Axes.around(points, linear=key in LINEAR)
     title = TITLES.get(key, "")
     names = f"<b>{escape(title)}</b><code>{escape(key)}</code>" if title else f"<b>{escape(key)}</b>"

@@ -67,6 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path", type=Path, required=True, help="model directory in the published layout"
     )
+    parser.add_argument("--model_id", default="", help="name in tables; default: name of the model directory")
     parser.add_argument(
         "--data_dir", type=Path, required=True, help="directory with vqa_SPLIT.jsonl, refer_SPLIT.json, ..."
     )
@@ -85,7 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling of pictures")
     sampling.add_argument("--num_timesteps", type=int, default=25)
     sampling.add_argument("--cfg_text_scale", type=float, default=3.0)
-    sampling.add_argument("--cfg_img_scale", type=float, default=1.5, help="editing only")
+    sampling.add_argument("--cfg_img_scale", type=float, default=1.0, help="editing only")
     sampling.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
     sampling.add_argument("--cfg_renorm_min", type=float, default=0.0)
     sampling.add_argument(
@@ -144,10 +145,10 @@ def evaluate(questions: Sequence[Question], rules: Rules, args: argparse.Namespa
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Questions of one task and picture size, at most `size` at a time."""
-    alike: dict[tuple[str, tuple[int, int]], list[Question]] = {}
+    """Questions of one task, picture size and order of answer and picture, at most `size` at a time."""
+    alike: dict[tuple[str, tuple[int, int], bool], list[Question]] = {}
     for question in questions:
-        alike.setdefault((question.task, question.size), []).append(question)
+        alike.setdefault((question.task, question.size, question.answer_first), []).append(question)
     for run in alike.values():
         yield from (run[i : i + size] for i in range(0, len(run), size))
 
@@ -168,7 +169,7 @@ def generate(model: "Inferencer", batch: Sequence[Question], args: argparse.Name
 
     height, width = batch[0].size
     generations = model.generate(
-        [Prompt(images=q.images, text=q.text) for q in batch],
+        [Prompt(images=q.images, text=q.text, answer_first=q.answer_first) for q in batch],
         height=height,
         width=width,
         num_timesteps=args.num_timesteps,
@@ -177,6 +178,7 @@ def generate(model: "Inferencer", batch: Sequence[Question], args: argparse.Name
         cfg_interval=tuple(args.cfg_interval),
         cfg_renorm_min=args.cfg_renorm_min,
         cfg_renorm_type=args.cfg_renorm_type,
+        max_new_tokens=args.max_new_tokens,
         timestep_shift=args.timestep_shift,
         seed=zlib.crc32(f"{args.seed} {batch[0].sample_id}".encode()),
     )
@@ -286,8 +288,8 @@ def pin_settings(args: argparse.Namespace) -> Settings:
     where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "device"}
     weights = args.model_path / f"{args.weights}.safetensors"
     settings = {
-        "model_id": args.model_path.name,
         **{name: value for name, value in sorted(vars(args).items()) if name not in where},
+        "model_id": args.model_id or args.model_path.resolve().name,
         "cfg_interval": list(args.cfg_interval),
         "weights_modified": weights.stat().st_mtime_ns if weights.exists() else 0,
     }

@@ -216,7 +216,7 @@ def _open(picture: Picture) -> Image.Image:
         return to_rgb(picture)
     try:
         with Image.open(picture) as image:
-            return to_rgb(image)
+            return to_rgb(image).copy()  # read now: the file closes here
     except OSError as e:
         raise ValueError(f"{picture}: cannot be read as a picture ({e})") from e
 

@@ -62,6 +62,7 @@ class Question:
         mask: `hh ww`, true mask.
         scene: the digits that the picture asked for has to show.
         edit: what is asked of an edited picture.
+        answer_first: the answer text comes before the picture, as in the row.
         picture: file content of the true picture.
         size: height and width of the picture asked for.
     """
@@ -77,6 +78,7 @@ class Question:
     mask: NDArray[np.bool_] | None = None
     scene: tuple[Glyph, ...] = ()
     edit: Edit | None = None
+    answer_first: bool = False
     picture: bytes = field(default=b"", repr=False)
     size: tuple[int, int] = (0, 0)
 
@@ -113,6 +115,7 @@ def read_edit(root: Path, split: str) -> Iterator[Question]:
                 answer=_spoken(report.text),
                 scene=_glyphs(row["meta"]["after"]),
                 edit=Edit(kind=edit["kind"], target=target, colour=edit["to"]),
+                answer_first=not report.text.lstrip().startswith(IMAGE),
                 picture=(root / after["path"]).read_bytes(),
                 size=(after["height"], after["width"]),
             )

@@ -1,6 +1,6 @@
 """The whole quickstart: data, autoencoder, training, evaluation, report. `make demo` calls it.
 
-Out, under --output_dir: data/, base/ (the untrained model), checkpoints/, model/ (the trained one), logs/ (a file per stage),
+Out, under --output_dir: data/, base/ (the untrained model), checkpoints/, results_dir/ (log, trained model), logs/ (of stages),
 statistics.json, results.jsonl, timings.json, summary.csv and report.html. Started again after a kill it goes on: a finished
 stage whose commands and configuration are the same is left out, an interrupted one is continued.
 
@@ -55,8 +55,8 @@ class Stage:
 
 
 EVALUATE = (
-    "{python} -m inference_pipeline.evaluate --model_path {run}/model --data_dir {run}/data --output_dir {run} "
-    "--seed {seed}"
+    "{python} -m inference_pipeline.evaluate --model_path {run}/results_dir/model --model_id quickstart-seed{seed} "
+    "--data_dir {run}/data --output_dir {run} --seed {seed}"
 )
 
 
@@ -96,7 +96,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                 ),
             ),
             reads=("configs/quickstart_run.yaml", "configs/quickstart.yaml"),
-            writes=("results_dir", "checkpoints", "model"),
+            writes=("results_dir", "checkpoints"),
         ),
         Stage(
             name="evaluation",

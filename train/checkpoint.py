@@ -136,7 +136,9 @@ class Checkpoints:
         done = 0
         if start is not None and not start.weights_only:
             done = int(start.path.name)
-        later = [path.name for path in self._steps() if int(path.name) > done]
+        later = [
+            path.name for path in self._steps() if int(path.name) > done and _read_manifest(path) is not None
+        ]
         if later:
             advice = (
                 "continue it with --auto_resume"
@@ -194,7 +196,9 @@ class Checkpoints:
         os.rename(draft, final)
         _sync(self.directory)
         if self.max_checkpoints:
-            for path in self._steps()[: -self.max_checkpoints]:
+            # A damaged directory beyond this step must not count as one of the newest: it would push this one out.
+            written = [path for path in self._steps() if int(path.name) <= manifest["step"]]
+            for path in written[: -self.max_checkpoints]:
                 _discard(path)
 
     def _steps(self) -> list[Path]:

@@ -183,7 +183,7 @@ class FsdpArgs:
     )
     reduce_dtype: Dtype = flag("bf16", "Precision in which gradients are summed over ranks.")
     matmul_precision: Literal["highest", "high", "medium"] = flag(
-        "highest", "Inside fp32 matrix products: full fp32, TF32, or bf16 products with fp32 sums (torch.set_float32_matmul_precision)."
+        "highest", "Inside fp32 matrix products: fp32, TF32, or bf16 products with fp32 sums (torch's names)."
     )
 
 

@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with session(seed=recipe.seed) as world:
         if recipe.batch_size < world.size:
-            raise ValueError(f"--batch_size {recipe.batch_size} leaves some of the {world.size} processes without a picture")
+            raise ValueError(
+                f"--batch_size {recipe.batch_size} leaves some of the {world.size} processes without a picture"
+            )
         log = ProgressLog(args.output_dir / LOG_NAME if world.is_main else None)
         torch.manual_seed(recipe.seed)  # the session's seed differs per rank, the weights must not
         model = initialise(AutoEncoder(config)).to(world.device)

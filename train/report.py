@@ -61,7 +61,9 @@ class StepReport:
         return {
             "step": self.step,
             "loss": self.loss,
-            **self.losses,
+            **{
+                name: mean for name, mean in self.losses.items() if self.counts.get(name)
+            },  # no value where none was counted
             "lr": self.top_lr,
             "total_norm": self.total_norm,
             "tokens_per_sec": round(self.tokens / self.seconds, 1),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.layout import LayoutSpec, lay_out
@@ -19,6 +18,7 @@ from data.tokens import SpecialTokens
 from data.types import PackedBatch, Sample, Segment
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.latents import LatentEncoder
+from modeling.ops.attention import masked_attention
 from modeling.ops.flow import sampling_times, seeded_noise
 from modeling.ops.patch import unpatchify_latent
 from modeling.types import FeatureGrids, HeadOutput, ModelOutput
@@ -78,13 +78,7 @@ class CachedAttention:
         keys, values = self.cache.write(layer, self.target, self.needed, k, v)
         padded = q.new_zeros(*self.shape, *q.shape[1:])
         padded[self.sequence, self.place] = q
-        out = F.scaled_dot_product_attention(
-            padded.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self.allowed,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = masked_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.allowed)
         return out.transpose(1, 2)[self.sequence, self.place]
 
 

@@ -150,11 +150,31 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
         b, n = bucket.index.shape
         flat = bucket.index.flatten()
         qb, kb, vb = (x.index_select(0, flat).view(b, n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bucket.allowed, enable_gqa=grouped)
+        out = masked_attention(qb, kb, vb, bucket.allowed)
         parts.append(out.transpose(1, 2).reshape(b * n, *q.shape[1:]).index_select(0, bucket.rows))
     for split in plan.splits:
         parts.append(_attend_split(q, k, v, split, grouped))
     return torch.cat(parts).index_select(0, plan.scatter)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention of batched sequences.
+
+    Args:
+        q: `b h n e`; k, v: `b g m e` with `h` a multiple of `g`.
+        allowed: `b 1 n m` bool, at least one key per query; None: all.
+
+    Returns:
+        `b h n e`.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+    # On a CPU the fused kernel is made for long sequences; at these lengths three plain operations are several times faster.
+    q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
+    scores = q @ k[:, :, None].transpose(-1, -2)
+    if allowed is not None:
+        scores = scores.masked_fill_(~allowed[:, None], float("-inf"))
+    return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
 
 
 def _attend_split(q: Tensor, k: Tensor, v: Tensor, split: _Split, grouped: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Make the quickstart's starting model directory: a tokenizer and the JSON configurations, no weights.
 
 In: the training texts of `make_quickstart.py`. Out, under `--output_dir`: `tokenizer.json` (byte-level BPE with Qwen2's split
-rule and special tokens), `llm_config.json`, `vit_config.json`, `bagel_config.json`. The autoencoder joins it by its own entry,
+rule and special tokens), `llm_config.json`, `vit_config.json`, `bagel_config.json`, `preprocessor_config.json`. The autoencoder joins it by its own entry,
 `train/main_autoencoder.py`; the trainer starts from random weights where the directory has none.
 
     python scripts/data/make_quickstart_model.py --data_dir runs/quickstart/data --output_dir runs/quickstart/base
@@ -36,6 +36,7 @@ LLM: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
+    "initializer_range": 0.08,
     "qk_norm": True,
     "layer_module": "Qwen2MoTDecoderLayer",
     "tie_word_embeddings": False,
@@ -63,6 +64,12 @@ BAGEL: dict[str, Any] = {
     "head_reads": "self",
     "heads": {"box": {}, "mask": {}},
 }
+
+PREPROCESSOR: dict[str, Any] = {
+    "vit": {"max_image_size": 64, "min_image_size": 64, "stride": 8},
+    "vae": {"max_image_size": 64, "min_image_size": 64, "stride": 16},
+}
+"""What pictures go through at inference; the transforms of configs/quickstart.yaml."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,7 +103,8 @@ def make(data_dir: Path, output_dir: Path, max_merges: int) -> int:
         "vocab_size": -(-size // 8) * 8,
         **{key: tokenizer.token_to_id(token) for key, token in ids.items()},
     }
-    for name, config in (("llm_config", llm), ("vit_config", VIT), ("bagel_config", BAGEL)):
+    configs = {"llm_config": llm, "vit_config": VIT, "bagel_config": BAGEL, "preprocessor_config": PREPROCESSOR}
+    for name, config in configs.items():
         (output_dir / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
     return size
 

@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks: the one helper of every test with more than one process.
 
-The function is given by name to fresh processes, so it has to stand at the top of a test module; its arguments and result have to
-pickle. A forkserver that has torch loaded makes this about a second, and a file instead of a port makes it safe beside other runs.
+The function is given by name to fresh processes, so it has to stand at the top of a test module; its arguments and result have
+to pickle. A forkserver that has torch loaded makes this about a second; a file instead of a port makes it safe beside other runs.
 """
 
 import multiprocessing
@@ -36,7 +36,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (fn, world_size, folder, args), nprocs=world_size, start_method="forkserver")
+        mp.start_processes(
+            _rank, (fn, world_size, folder, args), nprocs=world_size, start_method="forkserver"
+        )
         return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 

@@ -73,7 +73,9 @@ def test_resume_on_other_world_sizes(tmp_path: Path, before: int, after: int) ->
     whole = run_distributed(run, before, str(tmp_path), 3, 3)[0]
     resumed = run_distributed(run, after, str(tmp_path), 0, 3)[0]
     same_size = before == after
-    assert resumed["norms"] == (whole["norms"][3:] if same_size else pytest.approx(whole["norms"][3:], rel=1e-4))
+    assert resumed["norms"] == (
+        whole["norms"][3:] if same_size else pytest.approx(whole["norms"][3:], rel=1e-4)
+    )
     assert_same(resumed, whole, exact=same_size)
     assert whole["progress"]["packs_consumed"] == 6 * LANES
     assert whole["progress"]["trained"] == {"vqa": 6 * LANES * 2}
@@ -118,7 +120,9 @@ def test_half_written_and_foreign_directories_are_no_checkpoints(tmp_path: Path)
     assert checkpoints.latest() == tmp_path / "0000001"
 
 
-def test_a_save_that_is_killed_at_any_file_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_is_killed_at_any_file_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, 1)
     state = build(toy_args(), sharded=False)
     state.step = 2
@@ -129,16 +133,47 @@ def test_a_save_that_is_killed_at_any_file_leaves_the_last_one(tmp_path: Path, m
     def killed(*args: object) -> None:
         raise Killed
 
-    for target in ("save_tensors", "_write_json", "_describe_files", "os.rename"):
+    real_rename = os.rename
+
+    def killed_at_the_end(source: object, target: object) -> None:
+        if Path(str(source)).name == "0000002.tmp":  # torch renames files of its own, which must still work
+            raise Killed
+        real_rename(source, target)  # type: ignore[arg-type]
+
+    stops = {
+        "save_tensors": killed,
+        "_write_json": killed,
+        "_describe_files": killed,
+        "os.rename": killed_at_the_end,
+    }
+    for target, stop in stops.items():
         with monkeypatch.context() as patch:
-            patch.setattr(f"train.checkpoint.{target}", killed)
+            patch.setattr(f"train.checkpoint.{target}", stop)
             with pytest.raises(Killed):
                 checkpoints.save(state)
+        assert (tmp_path / "0000002.tmp").is_dir()
         assert checkpoints.latest() == tmp_path / "0000001"
     assert checkpoints.open(CheckpointArgs(auto_resume=True)) == Start(path=tmp_path / "0000001")
     assert os.listdir(tmp_path) == ["0000001"]  # opening cleared the draft away
     checkpoints.save(state)
     assert checkpoints.latest() == tmp_path / "0000002"
+
+
+def test_a_damaged_later_step_neither_blocks_nor_outlives_good_ones(tmp_path: Path) -> None:
+    saved(tmp_path)
+    manifest = tmp_path / "0000002" / "manifest.json"
+    manifest.unlink()
+    checkpoints = Checkpoints(tmp_path, 1)
+    start = checkpoints.open(CheckpointArgs(auto_resume=True))
+    assert start == Start(path=tmp_path / "0000001")
+    (tmp_path / "0000009").mkdir()
+    state = build(toy_args(), sharded=False)
+    checkpoints.restore(state, start)
+    advance(state, 1)
+    checkpoints.save(state)
+    assert checkpoints.latest() == tmp_path / "0000002"
+    assert manifest.is_file()
+    assert sorted(os.listdir(tmp_path)) == ["0000002", "0000009"]
 
 
 def test_a_changed_byte_is_noticed_before_anything_is_read(tmp_path: Path) -> None:

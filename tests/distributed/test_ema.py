@@ -44,14 +44,18 @@ def test_closed_form_on_two_ranks(decay: float, warmup: bool) -> None:
         assert torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text())["ema"]["cases"], ids=lambda c: f"decay={c['decay']}")
+@pytest.mark.parametrize(
+    "case", json.loads(GOLDEN.read_text())["ema"]["cases"], ids=lambda c: f"decay={c['decay']}"
+)
 def test_published_numbers(case: dict) -> None:
     model = nn.ParameterList(
         nn.Parameter(torch.tensor(x), requires_grad=grad)
         for x, grad in zip(case["initial_ema"], case["requires_grad"], strict=True)
     )
     ema = Ema(model, case["decay"])
-    for n, (weights, expected) in enumerate(zip(case["model_params_per_update"], case["ema_after_each_update"], strict=True)):
+    for n, (weights, expected) in enumerate(
+        zip(case["model_params_per_update"], case["ema_after_each_update"], strict=True)
+    ):
         with torch.no_grad():
             for p, value in zip(model, weights, strict=True):
                 if p.requires_grad:

@@ -35,14 +35,20 @@ if __name__ == "__main__":
 """
 
 
-def launch(tmp_path: Path, ranks: int, *args: str, torchrun: bool = True) -> tuple[subprocess.CompletedProcess, float]:
+def launch(
+    tmp_path: Path, ranks: int, *args: str, torchrun: bool = True
+) -> tuple[subprocess.CompletedProcess, float]:
     script = tmp_path / "entry.py"
     script.write_text(ENTRY)
     prefix = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if torchrun else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *prefix, str(script), *args], capture_output=True, text=True, timeout=110, env=environment
+        [sys.executable, *prefix, str(script), *args],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=environment,
     )
     return done, time.monotonic() - started
 
@@ -60,7 +66,9 @@ def test_a_mistake_on_one_rank_ends_all_with_one_line(tmp_path: Path, rank: int)
     prefix = "" if rank == 0 else "[rank 1] "
     line = f"{prefix}error: configs/x.yaml: unknown key 'wieght'; did you mean weight?"
     assert line in done.stderr.splitlines()
-    assert "entry.py" not in done.stderr.split("error: configs")[0].replace(str(tmp_path), "")  # no traceback before it
+    assert "entry.py" not in done.stderr.split("error: configs")[0].replace(
+        str(tmp_path), ""
+    )  # no traceback before it
     assert "done" not in done.stdout
     assert seconds < 50  # the timeout of the group is 60
 
@@ -71,7 +79,10 @@ def test_a_bug_keeps_its_traceback_and_one_process_needs_no_torchrun(tmp_path: P
     assert 'raise KeyError("oops")' in done.stderr
     assert done.stderr.splitlines()[-1] == "error: KeyError: 'oops'"
     done, _ = launch(tmp_path, 1, "value", "0", torchrun=False)
-    assert (done.returncode, done.stderr) == (1, "error: configs/x.yaml: unknown key 'wieght'; did you mean weight?\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: configs/x.yaml: unknown key 'wieght'; did you mean weight?\n",
+    )
     done, _ = launch(tmp_path, 1, "fine", "-1", torchrun=False)
     assert (done.returncode, done.stdout) == (0, "rank 0 of 1 done\n")
 

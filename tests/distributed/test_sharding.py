@@ -7,7 +7,15 @@ from torch import Tensor
 
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import UNITS, Toy, build, fsdp_args, rows, starting_value, toy_args
-from train.distributed.collectives import all_max, all_sum, gather_objects, main_first, on_main, rank, world_size
+from train.distributed.collectives import (
+    all_max,
+    all_sum,
+    gather_objects,
+    main_first,
+    on_main,
+    rank,
+    world_size,
+)
 from train.distributed.mesh import build_mesh, mesh_shape
 from train.distributed.sharding import clip_grad_norm, full_tensors, materialise, shard_model, sync_gradients
 from train.optim import set_learning_rates
@@ -50,12 +58,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("num_ranks", "accumulate", "flags"), CASES)
-def test_gradients_are_those_of_one_process(num_ranks: int, accumulate: int, flags: dict[str, object]) -> None:
+def test_gradients_are_those_of_one_process(
+    num_ranks: int, accumulate: int, flags: dict[str, object]
+) -> None:
     expected = reference()
     (grads, norm), *others = run_distributed(gradients, num_ranks, flags, accumulate)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)  # worst measured: 5e-8 absolute
+        torch.testing.assert_close(
+            grad, expected[name], rtol=1e-5, atol=1e-7, msg=name
+        )  # worst measured: 5e-8 absolute
     expected_norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
     assert norm == pytest.approx(expected_norm, rel=1e-6)
     assert all(other_norm == norm for _, other_norm in others)
@@ -99,7 +111,14 @@ def small_tools() -> list[object]:
         failure = ""
     except ValueError as error:
         failure = str(error)
-    return [all_sum(x).tolist(), all_max(x).tolist(), gather_objects(rank()), order, failure, on_main(lambda: 7)]
+    return [
+        all_sum(x).tolist(),
+        all_max(x).tolist(),
+        gather_objects(rank()),
+        order,
+        failure,
+        on_main(lambda: 7),
+    ]
 
 
 def test_collectives_on_two_ranks() -> None:
@@ -154,7 +173,9 @@ def test_an_output_in_which_no_tensor_is_seen_is_refused() -> None:
         ("NO_SHARD", 4, 2, 8, None),
     ],
 )
-def test_mesh_shape(strategy: str, replicate: int, shard: int, ranks: int, expected: tuple[int, int] | None) -> None:
+def test_mesh_shape(
+    strategy: str, replicate: int, shard: int, ranks: int, expected: tuple[int, int] | None
+) -> None:
     args = fsdp_args(sharding_strategy=strategy, num_replicate=replicate, num_shard=shard)
     if expected is None:
         with pytest.raises(ValueError, match="--num_replicate"):
@@ -168,6 +189,8 @@ def test_a_value_of_another_shape_is_refused() -> None:
         model = Toy()
     with pytest.raises(ValueError, match="connector.weight: the value has shape"):
         materialise(
-            model, torch.device("cpu"), lambda n, s: torch.zeros(1) if n == "connector.weight" else starting_value(n, s)
+            model,
+            torch.device("cpu"),
+            lambda n, s: torch.zeros(1) if n == "connector.weight" else starting_value(n, s),
         )
     assert not dist.is_initialized()

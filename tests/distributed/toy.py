@@ -68,11 +68,20 @@ def build(args: Args, *, sharded: bool = True) -> TrainState:
         shard_model(model, UNITS, build_mesh(args.fsdp, world_size(), "cpu"), args.fsdp)
     materialise(model, torch.device("cpu"), starting_value)
     optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
-    return TrainState.create(model, optimizer, Ema(model, args.optim.ema, warmup=args.optim.ema_warmup), LANES)
+    return TrainState.create(
+        model, optimizer, Ema(model, args.optim.ema, warmup=args.optim.ema_warmup), LANES
+    )
 
 
 def toy_args(**flags: object) -> Args:
-    fixed = {"min_unit_params": 0, "param_dtype": "fp32", "reduce_dtype": "fp32", "warmup_steps": 2, "lr": 0.01, "ema": 0.9}
+    fixed = {
+        "min_unit_params": 0,
+        "param_dtype": "fp32",
+        "reduce_dtype": "fp32",
+        "warmup_steps": 2,
+        "lr": 0.01,
+        "ema": 0.9,
+    }
     return build_args({**fixed, **flags})
 
 

@@ -24,9 +24,12 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         ValueError: on every rank, if any of them cannot write.
     """
     try:
-        dcp.save(
-            dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=not dist.is_initialized()
-        )
+        with _alone_on_purpose():
+            dcp.save(
+                dict(tensors),
+                storage_writer=dcp.FileSystemWriter(directory),
+                no_dist=not dist.is_initialized(),
+            )
     except CheckpointException as error:
         raise ValueError(f"{directory}: cannot be written: {_cause(error)}") from error
 
@@ -49,9 +52,12 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{directory}: {name} has shape {list(stored[name])}, the model needs {list(x.shape)}"
             )
     try:
-        dcp.load(
-            dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=not dist.is_initialized()
-        )
+        with _alone_on_purpose():
+            dcp.load(
+                dict(tensors),
+                storage_reader=dcp.FileSystemReader(directory),
+                no_dist=not dist.is_initialized(),
+            )
     except CheckpointException as error:
         raise ValueError(f"{directory}: cannot be read: {_cause(error)}") from error
 
@@ -66,7 +72,9 @@ def stored_shapes(directory: Path) -> dict[str, torch.Size]:
 def _alone_on_purpose() -> Iterator[None]:
     """Tools and tests have no process group, and mean it: torch need not warn."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
+        )
         yield
 
 

@@ -141,6 +141,8 @@ def _set_threads() -> None:
     """`OMP_NUM_THREADS` if given, else this node's cores divided among its ranks: more threads than cores spin each other out."""
     given = os.environ.get("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Vanishing gradients become denormal numbers, with which a CPU computes many times slower.
+    torch.set_flush_denormal(True)
     torch.set_num_threads(
         int(given) if given else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )

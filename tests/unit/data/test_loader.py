@@ -1,4 +1,8 @@
 import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +148,40 @@ def test_an_error_in_a_worker_reaches_the_trainer():
 @pytest.mark.timeout(60)
 def test_a_dead_worker_does_not_hang():
     assert "a data worker died" in str(fail(1, "die"))
+
+
+TRAINER = """
+import multiprocessing
+import time
+from tests.unit.data.test_loader import loader
+
+if __name__ == "__main__":
+    packs = loader(num_workers=2)
+    next(packs)
+    print(*[w.pid for w in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_trainer_leaves_no_worker_behind(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    root = Path(__file__).parents[3]
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(root)}
+    ) as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2 and all(is_running(pid) for pid in workers)
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its trainer"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False

@@ -12,12 +12,16 @@ DATA = ["--dataset_config_file", "mix.yaml"]
 
 
 def flag_lines() -> str:
-    lines = [f"{row.group:<11}{name:<28}{row.kind:<50}{row.field.default}".rstrip() for name, row in FLAGS.items()]
+    lines = [
+        f"{row.group:<11}{name:<28}{row.kind:<50}{row.field.default}".rstrip() for name, row in FLAGS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def test_the_flag_list_is_the_one_written_down() -> None:
-    assert flag_lines() == GOLDEN.read_text(), f"on purpose? then write flag_lines() to {GOLDEN.name} and CHANGELOG.md"
+    assert flag_lines() == GOLDEN.read_text(), (
+        f"on purpose? then write flag_lines() to {GOLDEN.name} and CHANGELOG.md"
+    )
 
 
 def test_every_flag_says_what_it_does() -> None:
@@ -66,11 +70,20 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
         (["--sharding_strategy", "DDP"], "'DDP' is not FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD|NO_SHARD"),
         (["--max", "1"], "ambiguous option: --max could match --max_num_tokens"),
         (["stray"], "unknown argument stray"),
-        (["--expected_num_tokens", "9", "--max_num_tokens", "8"], "--expected_num_tokens 9 is more than --max_num_tokens 8"),
-        (["--lr_scheduler", "cosine", "--warmup_steps", "9", "--total_steps", "9"], "--warmup_steps 9 leaves nothing"),
+        (
+            ["--expected_num_tokens", "9", "--max_num_tokens", "8"],
+            "--expected_num_tokens 9 is more than --max_num_tokens 8",
+        ),
+        (
+            ["--lr_scheduler", "cosine", "--warmup_steps", "9", "--total_steps", "9"],
+            "--warmup_steps 9 leaves nothing",
+        ),
         (["--lr_scheduler", "cosine", "--lr", "1e-8"], "--min_lr 1e-07 is above --lr 1e-08"),
         (["--resume_model_only"], "--resume_model_only needs --resume_from"),
-        (["--resume_from", "a", "--finetune_from_ema"], "--finetune_from_ema with --resume_from needs --resume_model_only"),
+        (
+            ["--resume_from", "a", "--finetune_from_ema"],
+            "--finetune_from_ema with --resume_from needs --resume_model_only",
+        ),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
     ],
 )
@@ -92,7 +105,12 @@ def test_run_files_inherit_and_the_command_line_wins(tmp_path: Path) -> None:
     run = tmp_path / "sub" / "run.yaml"
     run.write_text("_base_: ../base.yaml\ndataset-config-file: a.yaml\nema: 1\ntotal_steps: 7\n")
     args = parse_args(["--config", str(run), "--total_steps", "9"])
-    assert (args.optim.lr, args.optim.ema, args.params.freeze_vit, args.optim.total_steps) == (1e-3, 1.0, True, 9)
+    assert (args.optim.lr, args.optim.ema, args.params.freeze_vit, args.optim.total_steps) == (
+        1e-3,
+        1.0,
+        True,
+        9,
+    )
     assert args.data.dataset_config_file == "a.yaml"
     assert isinstance(args.optim.ema, float)
 
@@ -125,7 +143,9 @@ def test_print_config_gives_a_run_file(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert list(yaml.safe_load(printed)) == list(FLAGS)
     (tmp_path / "run.yaml").write_text(printed)
-    assert parse_args(["--config", str(tmp_path / "run.yaml")]) == build_args({"dataset_config_file": "mix.yaml", "lr": 0.5})
+    assert parse_args(["--config", str(tmp_path / "run.yaml")]) == build_args(
+        {"dataset_config_file": "mix.yaml", "lr": 0.5}
+    )
 
 
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,14 +16,20 @@ SCHEDULES = json.loads(GOLDEN.read_text())["schedules"]
 
 @pytest.mark.parametrize("case", SCHEDULES, ids=lambda c: f"{c['kind']}-{c['peak_lr']}-{c['warmup_steps']}")
 def test_published_schedules(case: dict) -> None:
-    rates = {"lr": case["peak_lr"], "min_lr": case.get("min_lr", 0.0), "total_steps": case.get("total_steps", 1000)}
+    rates = {
+        "lr": case["peak_lr"],
+        "min_lr": case.get("min_lr", 0.0),
+        "total_steps": case.get("total_steps", 1000),
+    }
     args = build_args({**rates, "lr_scheduler": case["kind"], "warmup_steps": case["warmup_steps"]}).optim
     for step, expected in zip(case["steps"], case["lr"], strict=True):
         assert args.lr * lr_factor(step, args) == pytest.approx(expected, rel=1e-6, abs=1e-18)
 
 
 def test_groups_keep_their_proportion() -> None:
-    args = build_args({"lr": 1e-3, "min_lr": 1e-4, "lr_scheduler": "cosine", "warmup_steps": 2, "total_steps": 10}).optim
+    args = build_args(
+        {"lr": 1e-3, "min_lr": 1e-4, "lr_scheduler": "cosine", "warmup_steps": 2, "total_steps": 10}
+    ).optim
     model = nn.Linear(2, 2)
     groups = [
         {"name": "a", "params": [model.weight], "peak_lr": 1e-3},

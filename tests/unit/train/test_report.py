@@ -46,13 +46,16 @@ def test_progress_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (-3, "0s"), (59.2, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (356400, "4d03h")]
+    ("seconds", "text"),
+    [(0, "0s"), (-3, "0s"), (59.2, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (356400, "4d03h")],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_lines_come_every_so_often_and_rows_every_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_come_every_so_often_and_rows_every_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO), reporter(tmp_path) as r:
         for step in range(1, 6):
             r.step(report(step))
@@ -60,6 +63,7 @@ def test_lines_come_every_so_often_and_rows_every_step(tmp_path: Path, caplog: p
     rows = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[0]["ce"] == 1.0
+    assert "box_l1" not in rows[0]
     assert "step   4/100" in (tmp_path / "log.txt").read_text()
 
 
@@ -91,7 +95,16 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"ce", "lr", "lr_vit", "total_norm", "tokens_per_sec", "total_ce_tokens", "total_samples", "val/ce"} <= tags
+    assert {
+        "ce",
+        "lr",
+        "lr_vit",
+        "total_norm",
+        "tokens_per_sec",
+        "total_ce_tokens",
+        "total_samples",
+        "val/ce",
+    } <= tags
     assert [(event.step, event.value) for event in events.Scalars("ce")] == [(2, 1.0)]
 
 
