@@ -47,9 +47,15 @@ class LayoutSpec:
             try:
                 return json.loads(file.read_text())
             except (OSError, json.JSONDecodeError) as e:
-                raise ValueError(f"{file}: cannot be read ({e}); --model_path must name a model directory") from e
+                raise ValueError(
+                    f"{file}: cannot be read ({e}); --model_path must name a model directory"
+                ) from e
 
-        bagel, vit, ae = read("bagel_config.json"), read("vit_config.json"), read("ae_config.json", required=False)
+        bagel, vit, ae = (
+            read("bagel_config.json"),
+            read("vit_config.json"),
+            read("ae_config.json", required=False),
+        )
         vae_stride = 2 ** (len(ae.get("ch_mult", (1, 2, 4, 4))) - 1)
         return LayoutSpec(
             vit_patch_size=vit["patch_size"],
@@ -87,7 +93,12 @@ class SegmentLayout:
     id_offset: int = 0
 
 
-MODES: Mapping[str, Mode] = {"text": "causal", "und_image": "full", "cond_image": "full", "gen_image": "noise"}
+MODES: Mapping[str, Mode] = {
+    "text": "causal",
+    "und_image": "full",
+    "cond_image": "full",
+    "gen_image": "noise",
+}
 
 
 def patch_grid(segment: Segment, spec: LayoutSpec) -> tuple[int, int]:
@@ -103,7 +114,9 @@ def patch_grid(segment: Segment, spec: LayoutSpec) -> tuple[int, int]:
     side = spec.vit_positions_per_side if und else spec.latent_positions_per_side
     height, width = segment.pixels.shape[1:]
     if height % stride or width % stride or not height or not width:
-        raise ValueError(f"{segment.kind} of {width}x{height} px is not a multiple of {stride} px; set image_stride")
+        raise ValueError(
+            f"{segment.kind} of {width}x{height} px is not a multiple of {stride} px; set image_stride"
+        )
     rows, cols = height // stride, width // stride
     if not spec.interpolate_pos and max(rows, cols) > side:
         raise ValueError(

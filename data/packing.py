@@ -70,7 +70,9 @@ def patchify_pixels(pixels: Tensor, patch_size: int) -> Tensor:
 
 def content_key(pixels: Tensor) -> int:
     """Hash of an image's pixels and shape, for the latent cache."""
-    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8, key=str(tuple(pixels.shape)).encode())
+    digest = hashlib.blake2b(
+        pixels.contiguous().numpy().tobytes(), digest_size=8, key=str(tuple(pixels.shape)).encode()
+    )
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -129,7 +131,9 @@ class _Fields:
         self.gen_hw.append(hw)
         self.gen_position.append(grid_position(*hw, spec.latent_positions_per_side, spec.interpolate_pos))
         self.gen_index.append(index)
-        self.gen_timestep.append(torch.full((len(index),), segment.timestep if segment.kind == "gen_image" else 0.0))
+        self.gen_timestep.append(
+            torch.full((len(index),), segment.timestep if segment.kind == "gen_image" else 0.0)
+        )
         self.gen_seed.append(segment.noise_seed)
 
     def add_region(self, region: Region, token_of: list[int], image_of: list[int], sample: Sample) -> None:
@@ -150,7 +154,9 @@ class _Fields:
             label_ids=_cat(self.label_ids),
             label_index=_cat(self.label_index),
             label_weight=_cat(self.label_weight, torch.zeros(0)),
-            und_patches=_cat(self.und_patches, torch.zeros(0, 3 * self.spec.vit_patch_size**2, dtype=torch.uint8)),
+            und_patches=_cat(
+                self.und_patches, torch.zeros(0, 3 * self.spec.vit_patch_size**2, dtype=torch.uint8)
+            ),
             und_position=_cat(self.und_position),
             und_index=_cat(self.und_index),
             und_hw=torch.tensor(self.und_hw, dtype=torch.int64).reshape(-1, 2),

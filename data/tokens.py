@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,17 +41,28 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise ValueError(f"{file}: no tokenizer here; --model_path must name a directory with a tokenizer.json")
+            raise ValueError(
+                f"{file}: no tokenizer here; --model_path must name a directory with a tokenizer.json"
+            )
         self._bpe = BpeTokenizer.from_file(str(file))
-        ids = {name: self._bpe.token_to_id(name) for name in SPECIAL_TOKENS}
-        missing = [n for n in (BEGIN, END, IMAGE_START, IMAGE_END) if ids[n] is None]
+        found = {name: self._bpe.token_to_id(name) for name in SPECIAL_TOKENS}
+        ids = {name: i for name, i in found.items() if i is not None}
+        missing = [n for n in (BEGIN, END, IMAGE_START, IMAGE_END) if n not in ids]
         if missing:
             raise ValueError(f"{file}: the vocabulary lacks {', '.join(missing)}; use a Qwen2 tokenizer")
-        anchors = {head: ids[token] for head, token in ANCHORS.items() if ids[token] is not None}
+        anchors = {head: ids[token] for head, token in ANCHORS.items() if token in ids}
         self.special = SpecialTokens(
-            begin=ids[BEGIN], end=ids[END], image_start=ids[IMAGE_START], image_end=ids[IMAGE_END], anchors=anchors
+            begin=ids[BEGIN],
+            end=ids[END],
+            image_start=ids[IMAGE_START],
+            image_end=ids[IMAGE_END],
+            anchors=anchors,
         )
         self.path = file
+        # Data sets ask the same questions over and over.
+        self._encode = lru_cache(maxsize=1 << 14)(
+            lambda text: tuple(self._bpe.encode(text, add_special_tokens=False).ids)
+        )
 
     def __len__(self) -> int:
         return self._bpe.get_vocab_size(with_added_tokens=True)
@@ -60,7 +72,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> Tensor:
         """`t` int64; special tokens written in the text become their ids."""
-        return torch.tensor(self._bpe.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        return torch.tensor(self._encode(text), dtype=torch.int64)
 
     def decode(self, ids: Tensor | list[int], *, keep_special: bool = False) -> str:
         return self._bpe.decode([int(i) for i in ids], skip_special_tokens=not keep_special)

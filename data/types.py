@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 Kind = Literal["text", "und_image", "cond_image", "gen_image"]
-"""`und_image` goes to the ViT, `cond_image` to the VAE without noise, `gen_image` to the VAE with noise: it is the target."""
+"""`und_image` goes to the ViT, `cond_image` to the VAE without noise, `gen_image` to the VAE with noise: the target."""
 
 Mode = Literal["causal", "full", "noise"]
-"""How a split attends: `causal` to what comes before each token, `full` and `noise` to all of itself; nobody else sees `noise`."""
+"""How a split attends: `causal` to what precedes each token, `full` and `noise` to all of itself; nobody else sees `noise`."""
 
 EMPTY_IDS = torch.zeros(0, dtype=torch.int64)
 EMPTY_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)

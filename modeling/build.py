@@ -51,7 +51,9 @@ def stored_values(model_dir: str | Path, model: Bagel, weights: str) -> Callable
     """
     file = Path(model_dir) / WEIGHTS[weights]
     if not file.is_file():
-        raise ValueError(f"{file}: no weights here; train or export a model first, or ask for --from_scratch True")
+        raise ValueError(
+            f"{file}: no weights here; train or export a model first, or ask for --from_scratch True"
+        )
     tables = fixed_tables(model.config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tables}
     try:
@@ -62,11 +64,19 @@ def stored_values(model_dir: str | Path, model: Bagel, weights: str) -> Callable
     missing = sorted(shapes.keys() - held.keys())
     unexpected = sorted(held.keys() - shapes.keys() - tables.keys())
     wrong = sorted(k for k in shapes.keys() & held.keys() if shapes[k] != held[k])
-    logger.info("%s: %d of %d tensors loaded, %d not used", file, len(shapes) - len(missing), len(shapes), len(unexpected))
+    logger.info(
+        "%s: %d of %d tensors loaded, %d not used",
+        file,
+        len(shapes) - len(missing),
+        len(shapes),
+        len(unexpected),
+    )
     if missing or wrong:
         lines = [f"lacks {k}" for k in missing[:5]]
         lines += [f"{k} is {list(held[k])}, the configuration says {list(shapes[k])}" for k in wrong[:5]]
-        raise ValueError(f"{file}: {len(missing)} tensors missing, {len(wrong)} of another shape: {'; '.join(lines)}")
+        raise ValueError(
+            f"{file}: {len(missing)} tensors missing, {len(wrong)} of another shape: {'; '.join(lines)}"
+        )
     return lambda name, shape: tables[name] if name in tables else store.get_tensor(name)
 
 

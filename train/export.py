@@ -1,7 +1,7 @@
 """A trained, sharded model -> a model directory in the published layout, which inference and other runs read."""
 
+import functools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,16 +28,18 @@ def export_model(state: TrainState, source: Path, target: Path) -> None:
     weights = {"ema": state.ema.with_frozen(state.model), "model": dict(state.model.named_parameters())}
     for kind, tensors in weights.items():
         whole = full_tensors(tensors.items())
-        on_main(lambda whole=whole, kind=kind: _save(whole, target / WEIGHTS[kind]))
-
-
+        on_main(functools.partial(_save, whole, target / WEIGHTS[kind]))
 
 
 def _copy_rest(source: Path, target: Path) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in WEIGHTS.values() and file.resolve() != (target / file.name).resolve():
+            if (
+                file.is_file()
+                and file.name not in WEIGHTS.values()
+                and file.resolve() != (target / file.name).resolve()
+            ):
                 shutil.copyfile(file, target / file.name)
     except OSError as e:
         raise ValueError(f"{target}: the trained model cannot be written ({e})") from e

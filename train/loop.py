@@ -67,7 +67,11 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     packs = [next(batches).to(run.world.device) for _ in range(accumulation)]
     # Counted before any backward: each loss is divided once, by what the whole step has of it.
     own = torch.stack([run.objective.counts(p) for p in packs]).sum(0)
-    extra = [sum(p.num_tokens for p in packs), sum(len(p.origins) for p in packs), sum(len(p.rejects) for p in packs)]
+    extra = [
+        sum(p.num_tokens for p in packs),
+        sum(len(p.origins) for p in packs),
+        sum(len(p.rejects) for p in packs),
+    ]
     *counts, tokens, samples, rejects = all_sum(torch.cat([own, own.new_tensor(extra)])).tolist()
 
     totals = torch.zeros(len(counts), dtype=torch.float64)
@@ -88,7 +92,9 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     _write_rejects(run, packs)
     if rejects:
         check_accounts(run, state)
-    means = {n: t / c if c else 0.0 for n, t, c in zip(run.objective.weights, totals.tolist(), counts, strict=True)}
+    means = {
+        n: t / c if c else 0.0 for n, t, c in zip(run.objective.weights, totals.tolist(), counts, strict=True)
+    }
     return StepReport(
         step=state.step,
         loss=sum(run.objective.weights[n] * m for n, m in means.items()),
@@ -123,15 +129,24 @@ def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, counts: Te
     return torch.stack([t.total.detach() for t in terms]).double().cpu()
 
 
-def _require_finite(run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor) -> Tensor:
+def _require_finite(
+    run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor
+) -> Tensor:
     """The totals summed over ranks, if they and the gradient's norm are finite; nothing is updated otherwise."""
     everywhere = all_sum(totals)
     if everywhere.isfinite().all() and norm.isfinite().all():
         return everywhere
-    bad = [n for n, t in zip(run.objective.weights, totals.tolist(), strict=True) if not torch.tensor(t).isfinite()]
+    bad = [
+        n
+        for n, t in zip(run.objective.weights, totals.tolist(), strict=True)
+        if not torch.tensor(t).isfinite()
+    ]
     mine = f"rank {run.world.rank}: {', '.join(bad)} in a pack of {', '.join(o.where for p in packs for o in p.origins)}"
     places = [line for line in gather_objects(mine if bad else "") if line]
-    cause = "; ".join(places) or f"losses are finite, the gradient's norm is {float(norm)}; lower --lr or --max_grad_norm"
+    cause = (
+        "; ".join(places)
+        or f"losses are finite, the gradient's norm is {float(norm)}; lower --lr or --max_grad_norm"
+    )
     raise ValueError(f"step {state.step + 1} is not finite: {cause}")
 
 

@@ -96,7 +96,9 @@ def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
     directory = args.model.model_path if start is None else start.path
     if start is None and args.model.from_scratch:
         return initial_values(model.config, args.train.global_seed)
-    return stored_values(directory, model, weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema))
+    return stored_values(
+        directory, model, weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
+    )
 
 
 def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World, state: TrainState):
@@ -141,7 +143,9 @@ def validate(model: Bagel, groups: tuple[Group, ...]) -> None:
 def _require_vocabulary(model: Bagel, tokenizer: Tokenizer) -> None:
     size = model.config.llm.vocab_size
     if len(tokenizer) > size:
-        raise ValueError(f"{tokenizer.path}: has {len(tokenizer)} tokens, llm_config.json says vocab_size {size}")
+        raise ValueError(
+            f"{tokenizer.path}: has {len(tokenizer)} tokens, llm_config.json says vocab_size {size}"
+        )
 
 
 if __name__ == "__main__":

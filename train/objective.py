@@ -1,7 +1,7 @@
 """Terms + weights + global counts -> the scalar that is differentiated. Pure; the only place that divides.
 
-A step's gradient is that of  sum over terms of  weight x (sum over all ranks and micro-batches of the term's total) / (the same sum
-of its count), whatever way the samples fall into packs, micro-batches and ranks.
+A step's gradient is that of  sum over terms of  weight x (sum over all ranks and micro-batches of the term's total) / (the same
+sum of its count), whatever way the samples fall into packs, micro-batches and ranks.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Bagel: one packed sequence in, predictions of every kind out. Computes no loss and knows no ranks.
 
-    text ids ──▶ embedding ───────────────────────────┐
-    patches ───▶ SigLIP ──▶ connector + 2-D position ─┼─▶ Qwen2 (und / gen experts) ─▶ logits, velocity, heads
-    latents ───▶ vae2llm + time + 2-D position ───────┘
+text ids ──▶ embedding ───────────────────────────┐
+patches ───▶ SigLIP ──▶ connector + 2-D position ─┼─▶ Qwen2 (und / gen experts) ─▶ logits, velocity, heads
+latents ───▶ vae2llm + time + 2-D position ───────┘
 """
 
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ class Bagel(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 name: HEADS[name](
-                    hidden_size=width, grid_size=config.vit.hidden_size, patch_size=config.vit.patch_size, **options
+                    hidden_size=width,
+                    grid_size=config.vit.hidden_size,
+                    patch_size=config.vit.patch_size,
+                    **options,
                 )
                 for name, options in config.heads.items()
             }
@@ -77,7 +80,9 @@ class Bagel(nn.Module):
         # The tower's own table may have another side than the connector's; the packed position counts in the latter.
         position = self._vit_position(batch.und_position)
         values = self.vit_model(patches, position, plan)
-        return FeatureGrids(values=values, pixels=batch.und_patches, hw=hw, patch_size=self.config.vit.patch_size)
+        return FeatureGrids(
+            values=values, pixels=batch.und_patches, hw=hw, patch_size=self.config.vit.patch_size
+        )
 
     def _vit_position(self, position: Tensor) -> Tensor:
         side, own = self.config.vit_max_num_patch_per_side, self.config.vit.positions_per_side
@@ -102,5 +107,3 @@ class Bagel(nn.Module):
 def _pack_rule(batch: PackedBatch) -> Attend:
     plan = AttentionPlan.build(batch.sample_lens, batch.split_lens, batch.split_modes, batch.position.device)
     return lambda layer, q, k, v: packed_attention(q, k, v, plan)
-
-

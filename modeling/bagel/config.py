@@ -52,9 +52,13 @@ class BagelConfig:
         ae = _read(root / "ae_config.json") if (root / "ae_config.json").is_file() else {}
         known = {f.name for f in fields(BagelConfig)}
         if unknown := sorted(set(bagel) - known):
-            raise ValueError(f"{root / 'bagel_config.json'}: unknown key '{unknown[0]}'; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{root / 'bagel_config.json'}: unknown key '{unknown[0]}'; known are {', '.join(sorted(known))}"
+            )
         if bagel.get("head_reads", "self") not in ("self", "previous"):
-            raise ValueError(f"{root / 'bagel_config.json'}: head_reads must be 'self' or 'previous', not '{bagel['head_reads']}'")
+            raise ValueError(
+                f"{root / 'bagel_config.json'}: head_reads must be 'self' or 'previous', not '{bagel['head_reads']}'"
+            )
         try:
             return BagelConfig(
                 llm=Qwen2Config.from_json(llm),

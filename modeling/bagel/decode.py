@@ -1,8 +1,8 @@
 """Inference on a KV cache: the same layout, embedding and layers as training, one segment at a time.
 
 A `Context` is a batch of sequences that grow together. `Decoder.prefill` appends one segment to each; `write` lets the model
-write text; `draw` samples images; `perceive` reads the boxes and masks of anchors that the model wrote. Sequences of one batch never influence
-each other: each stops on its own end token, and guidance is renormalised per image.
+write text; `draw` samples images; `perceive` reads the boxes and masks of anchors that the model wrote. Sequences of one batch
+never influence each other: each stops on its own end token, and guidance is renormalised per image.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,9 @@ class KVCache:
         self.lens = [0] * batch_size
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
-    def write(self, layer: int, at: tuple[Tensor, Tensor], needed: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, at: tuple[Tensor, Tensor], needed: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Put packed `s g e` keys and values at (sequence, place) and return all `needed` first places, `b needed g e`."""
         held = self._layers[layer]
         capacity = held[0].shape[1] if held is not None else 0
@@ -78,13 +80,15 @@ class CachedAttention:
         keys, values = self.cache.write(layer, self.target, self.needed, k, v)
         padded = q.new_zeros(*self.shape, *q.shape[1:])
         padded[self.sequence, self.place] = q
-        out = masked_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.allowed)
+        out = masked_attention(
+            padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.allowed
+        )
         return out.transpose(1, 2)[self.sequence, self.place]
 
 
 @dataclass(slots=True)
 class Context:
-    """A batch of sequences: what the cache holds, the rotary counters, and each sequence's last picture (grids, which of them)."""
+    """A batch of sequences: what the cache holds, rotary counters, and each sequence's last picture (grids, which of them)."""
 
     cache: KVCache
     position: list[int]
@@ -140,8 +144,8 @@ class Decoder:
 
         Args:
             context: grows in place.
-            segments: one per sequence. A `dropped` one leaves its sequence as it is (an image leaves its gap of one position); the
-                others are all of one kind, and none is a `gen_image`.
+            segments: one per sequence. A `dropped` one leaves its sequence as it is (an image leaves its gap of one position);
+                the others are all of one kind, and none is a `gen_image`.
 
         Returns:
             the model's output for the new tokens; logits at supervised text.
@@ -190,7 +194,12 @@ class Decoder:
         feed: list[int | None] = [self.special.begin] * size
         while any(token is not None for token in feed):
             segments = [
-                Segment(kind="text", dropped=t is None, bare=True, ids=torch.tensor([t] if t is not None else []).long())
+                Segment(
+                    kind="text",
+                    dropped=t is None,
+                    bare=True,
+                    ids=torch.tensor([t] if t is not None else []).long(),
+                )
                 for t in feed
             ]
             batch = self._pack(context, segments)
@@ -237,7 +246,10 @@ class Decoder:
 
     def blank_images(self, context: Context, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
         """Target images of `(height, width)` pixels laid out behind a context."""
-        blanks = [Segment(kind="gen_image", pixels=torch.zeros(3, h, w, dtype=torch.uint8), timestep=1.0) for h, w in sizes]
+        blanks = [
+            Segment(kind="gen_image", pixels=torch.zeros(3, h, w, dtype=torch.uint8), timestep=1.0)
+            for h, w in sizes
+        ]
         return self._pack(context, blanks)
 
     @torch.inference_mode()
@@ -269,7 +281,9 @@ class Decoder:
         guided = options.cfg_text_scale > 1
         by_image = guided and options.cfg_img_scale > 1
         if (guided and without_text is None) or (by_image and without_images is None):
-            raise ValueError("guidance above 1 needs the context without text, and for images the one without images")
+            raise ValueError(
+                "guidance above 1 needs the context without text, and for images the one without images"
+            )
         contexts = [context, *([without_text] if guided else []), *([without_images] if by_image else [])]
         batches = [self.blank_images(c, sizes) for c in contexts if c is not None]
         counts = [int(h * w) for h, w in batches[0].gen_hw.tolist()]
@@ -281,7 +295,11 @@ class Decoder:
         low, high = options.cfg_interval
         for now, after in zip(times[:-1], times[1:], strict=True):
             active = len(contexts) if low < now <= high else 1
-            v = [self.velocity(c, b, x, now) for c, b in zip(contexts[:active], batches, strict=False) if c is not None]
+            v = [
+                self.velocity(c, b, x, now)
+                for c, b in zip(contexts[:active], batches, strict=False)
+                if c is not None
+            ]
             x = x - guide(v, owner, options) * (now - after)
         return self._decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
 

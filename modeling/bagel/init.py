@@ -34,8 +34,12 @@ def initial_value(name: str, shape: torch.Size, config: BagelConfig, seed: int) 
 
     Returns:
         float32. Norms 1, biases and what is in ZERO_START 0, matrices normal: the decoder's with `initializer_range`, others with
-        1/sqrt(fan in); projections back into a residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
+        1/sqrt(fan in); projections back into a residual stream are scaled by 1/sqrt(2 layers) (GPT-2). The ViT's learned
+        positions start as a sine table.
     """
+    if name.endswith("position_embedding.weight"):
+        # Learned, but from a start in which neighbours are alike: the tower need not find out first what lies where.
+        return sincos_table(config.vit.positions_per_side, config.vit.hidden_size)
     tables = fixed_tables(config) if name.endswith("pos_embed.pos_embed") else {}
     if name in tables:
         return tables[name]
@@ -47,8 +51,6 @@ def initial_value(name: str, shape: torch.Size, config: BagelConfig, seed: int) 
     layers = config.vit.num_hidden_layers
     if name.startswith("language_model."):
         std, layers = config.llm.initializer_range, config.llm.num_hidden_layers
-    elif name.endswith("position_embedding.weight"):
-        std = 0.02
     if ".layers." in name and name.split(".")[-2].removesuffix("_moe_gen") in RESIDUAL_OUTPUTS:
         std /= math.sqrt(2 * layers)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()

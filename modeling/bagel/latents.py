@@ -40,7 +40,9 @@ class LatentEncoder:
         moments = self._moments(batch)
         latents, noise = [torch.zeros(0, width, device=device)], [torch.zeros(0, width, device=device)]
         for seed, (mean, logvar) in zip(batch.gen_seed.tolist(), moments, strict=True):
-            sample = mean + (0.5 * logvar).exp() * seeded_noise(seed ^ POSTERIOR_SALT, tuple(mean.shape), device)
+            sample = mean + (0.5 * logvar).exp() * seeded_noise(
+                seed ^ POSTERIOR_SALT, tuple(mean.shape), device
+            )
             latents.append(patchify_latent(self.vae.scaled(sample), self.patch))
             noise.append(seeded_noise(seed, tuple(latents[-1].shape), device))
         z, e = torch.cat(latents), torch.cat(noise)

@@ -17,7 +17,9 @@ class BoxHead(nn.Module):
     looking at the right place is then already a box, and the gradient says where to look from the first step on.
     """
 
-    def __init__(self, *, hidden_size: int, grid_size: int, patch_size: int, width: int = 128, num_heads: int = 4):
+    def __init__(
+        self, *, hidden_size: int, grid_size: int, patch_size: int, width: int = 128, num_heads: int = 4
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(hidden_size, width)
@@ -35,7 +37,9 @@ class BoxHead(nn.Module):
         """
         values, valid, centre = gather_patches(grids, image)
         query = self.query(hidden)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, self.key(values), self.value(values)))
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)) for x in (query, self.key(values), self.value(values))
+        )
         scores = torch.einsum("rhe,rnhe->rhn", q, k) * q.shape[-1] ** -0.5
         maps = scores.float().masked_fill(~valid[:, None], float("-inf")).softmax(-1)
         mean = torch.einsum("rhn,rnx->rhx", maps, centre)
@@ -43,5 +47,7 @@ class BoxHead(nn.Module):
         seen = torch.einsum("rhn,rnhe->rhe", maps.to(v.dtype), v).flatten(1)
         place = torch.cat([mean, spread.clamp(min=1e-6).sqrt()], dim=-1).flatten(1).to(query.dtype)
         change = self.out(torch.cat([F.gelu(query), seen, place], dim=-1)).float()
-        boxes = torch.cat([(mean[:, 0].logit(eps=1e-4) + change[:, :2]).sigmoid(), change[:, 2:].sigmoid()], dim=-1)
+        boxes = torch.cat(
+            [(mean[:, 0].logit(eps=1e-4) + change[:, :2]).sigmoid(), change[:, 2:].sigmoid()], dim=-1
+        )
         return HeadOutput(boxes=centre_to_corners(boxes), mask_logits=boxes.new_zeros(0))

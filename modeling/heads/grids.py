@@ -41,8 +41,9 @@ def regions_by_size(grids: FeatureGrids, image: Tensor) -> Iterator[tuple[Tensor
         image: `r` int64.
 
     Yields:
-        places of the regions `k`; the group's images that are used: features `i h w d` and pixels `i 3 hh ww` uint8; and which of
-        these each region is about, `k`. Without regions, one group of nothing: the head's parameters must take part in every step.
+        places of the regions `k`; the group's images that are used: features `i h w d` and pixels `i 3 hh ww` uint8; and
+        which of these each region is about, `k`. Without regions, one group of nothing: the head's parameters must take part
+        in every step.
     """
     p = grids.patch_size
     if not len(image):

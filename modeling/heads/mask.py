@@ -17,7 +17,9 @@ class MaskHead(nn.Module):
     at the pixels, which carries the edges that the tower's last layer has smoothed away.
     """
 
-    def __init__(self, *, hidden_size: int, grid_size: int, patch_size: int, channels: int = 24, stride: int = 2):
+    def __init__(
+        self, *, hidden_size: int, grid_size: int, patch_size: int, channels: int = 24, stride: int = 2
+    ):
         super().__init__()
         if patch_size % stride:
             raise ValueError(f"mask head: stride {stride} does not divide the patch size {patch_size}")
@@ -26,7 +28,9 @@ class MaskHead(nn.Module):
         self.unfold = nn.Linear(grid_size, self.cells**2 * channels)
         self.look = nn.Conv2d(3, channels, stride + 1, stride=stride, padding=stride // 2)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
-        self.query = nn.Sequential(nn.Linear(hidden_size, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels + 1))
+        self.query = nn.Sequential(
+            nn.Linear(hidden_size, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels + 1)
+        )
 
     def forward(self, hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadOutput:
         """Predict one mask per anchor at its image's size.

@@ -1,6 +1,7 @@
 """Losses: pure functions of predictions and targets that return sums; nothing here divides by a count.
 
-To add one: a function and a row in LOSSES. The row's name is the loss's name in logs and its weight's name in flags (`--NAME_weight`).
+To add one: a function and a row in LOSSES. The row's name is the loss's name in logs and its weight's name in flags
+(`--NAME_weight`).
 """
 
 from collections.abc import Callable

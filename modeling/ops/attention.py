@@ -121,7 +121,9 @@ def _bucket(samples: list[tuple[int, list[tuple[int, str]]]], device: torch.devi
 
 
 def _long_sample(start: int, parts: list[tuple[int, str]], device: torch.device) -> list[_Split]:
-    splits, seen, at = [], [], start
+    splits: list[_Split] = []
+    seen: list[Tensor] = []
+    at = start
     for length, mode in parts:
         context = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.int64)
         splits.append(_Split(at, at + length, context.to(device), mode == "causal"))
@@ -196,10 +198,16 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, split: _Split, grouped: bool)
     return out[0].transpose(0, 1)
 
 
-def dense_allowed(sample_lens: Sequence[int], split_lens: Sequence[int], split_modes: Sequence[str]) -> Tensor:
+def dense_allowed(
+    sample_lens: Sequence[int], split_lens: Sequence[int], split_modes: Sequence[str]
+) -> Tensor:
     """`s s` bool, the rule written out: for tests and pictures, never for training."""
-    sample = torch.repeat_interleave(torch.arange(len(sample_lens)), torch.tensor(sample_lens, dtype=torch.int64))
-    split = torch.repeat_interleave(torch.arange(len(split_lens)), torch.tensor(split_lens, dtype=torch.int64))
+    sample = torch.repeat_interleave(
+        torch.arange(len(sample_lens)), torch.tensor(sample_lens, dtype=torch.int64)
+    )
+    split = torch.repeat_interleave(
+        torch.arange(len(split_lens)), torch.tensor(split_lens, dtype=torch.int64)
+    )
     block = torch.tensor([m != "causal" for m in split_modes])[split]
     noise = torch.tensor([m == "noise" for m in split_modes])[split]
     place = torch.arange(len(sample))

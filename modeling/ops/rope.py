@@ -15,7 +15,9 @@ def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, T
     Returns:
         two of `s 1 e`, for `rotate`.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim)
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    )
     angle = position.float()[:, None] * frequency[None]
     angle = torch.cat([angle, angle], dim=-1)[:, None]
     return angle.cos(), angle.sin()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modeling.ops.rope import rotate
 from modeling.qwen2.config import Qwen2Config
-from modeling.qwen2.mot import Routed, Rows, Routing
+from modeling.qwen2.mot import Routed, Routing, Rows
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q `s h e`, k `s g e`, v `s g e`) -> `s h e`: packed attention in training, cached attention at inference."""
@@ -79,7 +79,9 @@ class DecoderLayer(Routed):
         self.self_attn = Attention(config, layer)
         self.add("mlp", lambda: MLP(config), split=mlp)
         self.add("input_layernorm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=norm)
-        self.add("post_attention_layernorm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=norm)
+        self.add(
+            "post_attention_layernorm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=norm
+        )
 
     def forward(self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor, attend: Attend) -> Rows:
         rows += self._keep(self.self_attn(self.route("input_layernorm", rows), routing, cos, sin, attend))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from modeling.ops.rope import rope_table
 from modeling.qwen2.config import Qwen2Config
 from modeling.qwen2.layers import Attend, DecoderLayer, RMSNorm
-from modeling.qwen2.mot import Routed, Rows, Routing
+from modeling.qwen2.mot import Routed, Routing, Rows
 
 
 class Qwen2Model(Routed):

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Places of each expert's tokens in the packed sequence. `und` `u`, `gen` `l`, `merge` `s`: packed order of `cat(und, gen)`."""
+    """Places of each expert's tokens in the packed sequence. `und` `u`, `gen` `l`; `merge` `s`: order of `cat(und, gen)`."""
 
     und: Tensor
     gen: Tensor

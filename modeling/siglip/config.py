@@ -30,5 +30,7 @@ class SiglipConfig:
             ValueError: if the file asks for rotary positions, which this tower does not have yet.
         """
         if values.get("rope", False):
-            raise ValueError("vit_config.json: rope is true; only learned positions are built (set rope to false)")
+            raise ValueError(
+                "vit_config.json: rope is true; only learned positions are built (set rope to false)"
+            )
         return SiglipConfig(**{f.name: values[f.name] for f in fields(SiglipConfig) if f.name in values})

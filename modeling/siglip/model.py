@@ -1,4 +1,4 @@
-"""SigLIP vision tower on packed patches. Parameter names as in the published checkpoints; the patch embedding is a linear layer."""
+"""SigLIP vision tower on packed patches, embedded by a linear layer. Parameter names as in the published checkpoints."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ class SiglipAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(packed_attention(q, k, v, plan).flatten(1))
 
 

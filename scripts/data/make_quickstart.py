@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train_scenes", type=int, default=6000)
+    parser.add_argument("--train_scenes", type=int, default=10000)
     parser.add_argument("--val_scenes", type=int, default=200)
     parser.add_argument("--test_scenes", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
@@ -190,7 +190,7 @@ def make_example(ground: Ground, index: int) -> Made:
     image = _write_picture(ground, f"scene_{index:06d}.png", scene)
     t2i_png, t2i = caption_example(ground, index)
     return Made(
-        vqa=vqa_row(scene, image, ground.rng("vqa", index)),
+        vqa=vqa_row(scene, image, ground.rng("vqa", index), pointing=ground.split == "train"),
         edit=edit_row(ground, index, scene, image),
         text=text_row(ground.rng("text", index)) if index % 3 == 0 else None,
         coco_image={"id": index, "file_name": image["path"], "width": scenes.SIDE, "height": scenes.SIDE},
@@ -200,10 +200,20 @@ def make_example(ground: Ground, index: int) -> Made:
     )
 
 
-def vqa_row(scene: scenes.Scene, image: Json, rng: np.random.Generator) -> Json:
+def vqa_row(scene: scenes.Scene, image: Json, rng: np.random.Generator, *, pointing: bool) -> Json:
+    """Every question about the scene; with `pointing`, also where each digit is, so that one picture teaches all of it at once."""
     turns = scenes.questions(rng, scene.digits)
+    objects: Json = {"ref": [], "bbox": [], "mask": []}
+    for digit in scene.digits if pointing else ():
+        for kind, question, answer in (("box", "Where is {}?", "<BOX>"), ("mask", "Segment {}.", "<SEG>")):
+            name = str(rng.choice(scenes.expressions(digit, scene.digits)))
+            turns.append(scenes.Turn(kind=kind, question=question.format(name), answer=answer))
+            objects["ref"].append(name)
+            objects["bbox"].append(list(digit.box) if kind == "box" else None)
+            objects["mask"].append(run_lengths(scenes.mask_of(digit)) if kind == "mask" else None)
     meta = {**scene.facts(), "kinds": [t.kind for t in turns]}
-    return _row("understanding", "vqa", [image], [], _messages(turns, "<image>\n"), meta)
+    row = _row("understanding", "vqa", [image], [], _messages(turns, "<image>\n"), meta)
+    return {**row, "objects": objects} if pointing else row
 
 
 def edit_row(ground: Ground, index: int, scene: scenes.Scene, image: Json) -> Json:

@@ -1,8 +1,8 @@
 """Make the quickstart's starting model directory: a tokenizer and the JSON configurations, no weights.
 
 In: the training texts of `make_quickstart.py`. Out, under `--output_dir`: `tokenizer.json` (byte-level BPE with Qwen2's split
-rule and special tokens), `llm_config.json`, `vit_config.json`, `bagel_config.json`, `preprocessor_config.json`. The autoencoder joins it by its own entry,
-`train/main_autoencoder.py`; the trainer starts from random weights where the directory has none.
+rule and special tokens), `llm_config.json`, `vit_config.json`, `bagel_config.json`, `preprocessor_config.json`. The autoencoder
+joins it by its own entry, `train/main_autoencoder.py`; the trainer starts from random weights where the directory has none.
 
     python scripts/data/make_quickstart_model.py --data_dir runs/quickstart/data --output_dir runs/quickstart/base
 """
@@ -27,16 +27,16 @@ QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 LLM: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 128,
+    "hidden_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "intermediate_size": 384,
+    "intermediate_size": 288,
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "initializer_range": 0.08,
+    "initializer_range": 0.1,
     "qk_norm": True,
     "layer_module": "Qwen2MoTDecoderLayer",
     "tie_word_embeddings": False,
@@ -44,7 +44,7 @@ LLM: dict[str, Any] = {
 VIT: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 288,
     "num_channels": 3,
@@ -103,7 +103,12 @@ def make(data_dir: Path, output_dir: Path, max_merges: int) -> int:
         "vocab_size": -(-size // 8) * 8,
         **{key: tokenizer.token_to_id(token) for key, token in ids.items()},
     }
-    configs = {"llm_config": llm, "vit_config": VIT, "bagel_config": BAGEL, "preprocessor_config": PREPROCESSOR}
+    configs = {
+        "llm_config": llm,
+        "vit_config": VIT,
+        "bagel_config": BAGEL,
+        "preprocessor_config": PREPROCESSOR,
+    }
     for name, config in configs.items():
         (output_dir / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
     return size

@@ -27,7 +27,9 @@ NO_GRADIENT_IN_EXACT_ARITHMETIC = ("k_proj.bias",)
 """A bias added to every key of the ViT, which has no rotary positions, cancels in the softmax; what is left is rounding."""
 
 
-def gradients(model: Bagel, samples: list[Sample], counts: Tensor | None = None) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: Bagel, samples: list[Sample], counts: Tensor | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a pack, divided by `counts` (its own if None)."""
     batch = pack(samples, SPEC, SPECIAL)
     objective = Objective.build(WEIGHTS, model.config.heads)
@@ -38,7 +40,9 @@ def gradients(model: Bagel, samples: list[Sample], counts: Tensor | None = None)
         objective.counts(batch) if counts is None else counts,
     )
     loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return loss.item(), {
+        n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
 
 
 def assert_same_gradients(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -98,7 +102,9 @@ def test_decoder_layouts_have_the_expert_copies_they_are_named_for(module: str) 
     model = tiny_model(tiny_config(layer_module=module))
     gradients(model, every_sample())
     names = [n for n, _ in model.named_parameters()]
-    has_own_mlp, has_own_attention = (any(part in n for n in names) for part in ("mlp_moe_gen", "q_proj_moe_gen"))
+    has_own_mlp, has_own_attention = (
+        any(part in n for n in names) for part in ("mlp_moe_gen", "q_proj_moe_gen")
+    )
     assert (has_own_mlp, has_own_attention) == {
         "Qwen2DecoderLayer": (False, False),
         "Qwen2MoEDecoderLayer": (True, False),

@@ -57,7 +57,9 @@ def test_cached_text_and_perception_equal_the_training_forward(head_reads: str) 
     assert written[0].ids == sample.segments[2].ids.tolist()
     found = dict(d.perceive(context, written)[0])
     torch.testing.assert_close(found["box"].boxes, trained.heads["box"].boxes, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found["mask"].mask_logits, trained.heads["mask"].mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found["mask"].mask_logits, trained.heads["mask"].mask_logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_cached_velocity_equals_the_training_forward() -> None:
@@ -92,7 +94,9 @@ def test_prompts_of_a_batch_give_what_each_gives_alone() -> None:
             d.prefill(context, [p[i] for p in group])
         ids = [w.ids for w in d.write(context, 6)]
         sizes = [(32, 32 + 16 * s) for s in seeds]
-        return ids, d.draw(context, sizes, seeds, DrawOptions(num_timesteps=4, cfg_text_scale=3.0), d.start(len(group)))
+        return ids, d.draw(
+            context, sizes, seeds, DrawOptions(num_timesteps=4, cfg_text_scale=3.0), d.start(len(group))
+        )
 
     together = run(0, 1, 2)
     for i in range(3):
@@ -128,6 +132,4 @@ def test_guidance_never_grows_the_velocity(kind: str) -> None:
         assert (out.norm(dim=1) <= v[0].norm(dim=1) * (1 + 1e-5)).all()
     plain = replace(options, cfg_renorm_min=1.0)
     torch.testing.assert_close(guide(v[:2], owner, plain), v[1] + 4.0 * (v[0] - v[1]))
-    torch.testing.assert_close(
-        guide(v, owner, plain), v[2] + 2.0 * (v[1] + 4.0 * (v[0] - v[1]) - v[2])
-    )
+    torch.testing.assert_close(guide(v, owner, plain), v[2] + 2.0 * (v[1] + 4.0 * (v[0] - v[1]) - v[2]))

@@ -28,7 +28,12 @@ def tiny_config(head_reads: str = "self", **llm) -> BagelConfig:
     return BagelConfig(
         llm=Qwen2Config(**{**sizes, **llm}),
         vit=SiglipConfig(
-            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=64
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            patch_size=8,
+            image_size=64,
         ),
         max_latent_size=4,
         vit_max_num_patch_per_side=8,
@@ -50,7 +55,9 @@ def tiny_model(config: BagelConfig | None = None, seed: int = 0) -> Bagel:
 
 
 def picture(seed: int, height: int = 64, width: int = 64) -> Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def text(*ids: int, **rest) -> Segment:
@@ -106,6 +113,10 @@ def made_up_latents(batch: PackedBatch) -> FlowState:
     shapes = [(int(h * w), LATENT_WIDTH) for h, w in batch.gen_hw.tolist()]
     seeds = batch.gen_seed.tolist()
     nothing = torch.zeros(0, LATENT_WIDTH)
-    z = torch.cat([nothing, *(seeded_noise(s + 100, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))])
-    e = torch.cat([nothing, *(seeded_noise(s, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))])
+    z = torch.cat(
+        [nothing, *(seeded_noise(s + 100, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))]
+    )
+    e = torch.cat(
+        [nothing, *(seeded_noise(s, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))]
+    )
     return FlowState(latents=z, noise=e, noised=interpolate_path(z, e, batch.gen_timestep))
