@@ -87,6 +87,17 @@ def text_segments(
     return (Segment(kind="text", ids=ids, supervised=supervised, droppable=droppable),)
 
 
+def require_draws(draws: int) -> int:
+    """A dataset's option `draws`: how often each picture to draw stands in a sample.
+
+    Raises:
+        ValueError: if it is not a positive whole number.
+    """
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise ValueError(f"draws must be a whole number of at least 1, not {draws!r}")
+    return draws
+
+
 def read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
     """The turns of a row's `message` or `conversations`.
 
@@ -201,6 +212,7 @@ def build_sample(
     images: Sequence[Picture] = (),
     drawn: Sequence[Picture] = (),
     drop_text: bool = False,
+    independent: bool = False,
     task: str,
 ) -> Sample:
     """A conversation as a sample.
@@ -210,13 +222,14 @@ def build_sample(
         tokenizer: of the model.
         images, drawn: what each picture emits.
         drop_text: human texts may be left out by condition dropout.
+        independent: the exchanges do not see each other, only the pictures before the first question: each on a branch of its own.
         task: for logs and for the table of a pack.
 
     Raises:
         SkipSample: `image_count`, `object_count`, or `no_target` if nothing of the sample could be learnt.
         ValueError: if the tokenizer has no token for a target's head.
     """
-    segments, regions = _lay_out(turns, tokenizer, images, drawn, drop_text)
+    segments, regions = _lay_out(turns, tokenizer, images, drawn, drop_text, independent)
     if not any(s.supervised or s.kind == "gen_image" for s in segments):
         raise SkipSample("no_target", "the row has neither an answer nor a picture to draw")
     return Sample(segments=segments, regions=regions, task=task)
@@ -238,6 +251,7 @@ def _lay_out(
     images: Sequence[Picture],
     drawn: Sequence[Picture],
     drop_text: bool,
+    independent: bool = False,
 ) -> tuple[tuple[Segment, ...], tuple[Region, ...]]:
     _check_placeholders(turns, "human", len(images))
     _check_placeholders(turns, "gpt", len(drawn))
@@ -246,22 +260,28 @@ def _lay_out(
     segments: list[Segment] = []
     places: list[int] = []  # of each picture's und_image
     anchored: list[tuple[Target, int, int]] = []
+    branch = 0
     for turn in turns:
         targets = iter(turn.targets)
+        opening = independent and turn.role == "human"
+        if opening and branch:
+            branch, opening = branch + 1, False
         for part in _parts(turn):
             if part == IMAGE:
                 picture = next(waiting[turn.role])
                 if turn.role == "human":
                     kinds = [segment.kind for segment in picture]
                     places.append(len(segments) + kinds.index("und_image") if "und_image" in kinds else -1)
-                segments.extend(picture)
+                segments.extend(replace(segment, branch=branch) for segment in picture)
                 continue
+            if opening and part.strip():
+                branch, opening = 1, False  # the pictures before the first question stay in the trunk
             supervised = turn.role == "gpt"
             droppable = drop_text and not supervised
             for segment in text_segments(part, tokenizer, supervised=supervised, droppable=droppable):
                 for token in _anchor_places(segment.ids, part, tokenizer):
                     anchored.append((_next_target(targets, part), len(segments), token))
-                segments.append(segment)
+                segments.append(replace(segment, branch=branch))
     return tuple(segments), tuple(_place(*entry, places) for entry in anchored)
 
 

@@ -161,21 +161,22 @@ def attention_picture(batch: PackedBatch, side: int = 1024) -> Image.Image:
         return round(token * scale)
 
     sample_ends = list(itertools.accumulate(batch.sample_lens))
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     start, which = 0, 0
-    for length, mode in zip(batch.split_lens, batch.split_modes, strict=True):
+    for length, mode, branch in zip(batch.split_lens, batch.split_modes, batch.split_branches, strict=True):
         while start >= sample_ends[which]:
             which, seen = which + 1, []
         end = start + length
-        for low, high in seen:
-            _fill(draw, at(low), at(start), at(high), at(end), SEEN)
+        for low, high, of in seen:
+            if of in (0, branch):
+                _fill(draw, at(low), at(start), at(high), at(end), SEEN)
         if mode == "causal":
             for token in range(start, end):
                 _fill(draw, at(start), at(token), at(token + 1), at(token + 1), COLOURS[mode])
         else:
             _fill(draw, at(start), at(start), at(end), at(end), COLOURS[mode])
         if mode != "noise":
-            seen.append((start, end))
+            seen.append((start, end, branch))
         start = end
     for end in sample_ends[:-1]:
         draw.line([(0, at(end)), (size, at(end))], fill=(150, 150, 150))

@@ -40,15 +40,17 @@ def pack(
     sample_lens: list[int] = []
     for i, sample in enumerate(samples):
         start = out.length
-        counter = position_start[i] if position_start is not None else 0
+        # Rotary counter of the trunk (0) and of each branch, which starts where the trunk stands.
+        counter = {0: position_start[i] if position_start is not None else 0}
         token_of: list[int] = []
         image_of: list[int] = []
         for segment in sample.segments:
             layout = lay_out(segment, spec, special)
             token_of.append(out.length + layout.id_offset)
             image_of.append(len(out.und_hw) if segment.kind == "und_image" and not segment.dropped else -1)
-            out.add(segment, layout, counter)
-            counter += layout.advance
+            position = counter.setdefault(segment.branch, counter[0])
+            out.add(segment, layout, position)
+            counter[segment.branch] = position + layout.advance
         for region in sample.regions:
             out.add_region(region, token_of, image_of, sample)
         sample_lens.append(out.length - start)
@@ -101,6 +103,7 @@ class _Fields:
         self.regions: dict[str, list[tuple[int, int, Region]]] = {}
         self.split_lens: list[int] = []
         self.split_modes: list[Mode] = []
+        self.split_branches: list[int] = []
 
     def add(self, segment: Segment, layout: SegmentLayout, counter: int) -> None:
         if not layout.length:
@@ -116,6 +119,7 @@ class _Fields:
             self._add_patches(segment, layout.patch_hw)
         self.split_lens.append(layout.length)
         self.split_modes.append(layout.mode)
+        self.split_branches.append(segment.branch)
         self.length += layout.length
 
     def _add_patches(self, segment: Segment, hw: tuple[int, int]) -> None:
@@ -170,6 +174,7 @@ class _Fields:
             regions={head: _collate_regions(r) for head, r in self.regions.items()},
             split_lens=tuple(self.split_lens),
             split_modes=tuple(self.split_modes),
+            split_branches=tuple(self.split_branches),
             **rest,
         )
 

@@ -27,6 +27,7 @@ class ReferDataset(TaskDataset):
         box_templates: questions for the box, one of them drawn each time; an empty list asks for none.
         mask_templates: the same for the mask.
         max_turns: random subset of this many questions; 0 = all.
+        independent_turns: the questions do not see each other, each is asked as if alone about the picture.
     """
 
     source_format: ClassVar[str] = "coco"
@@ -41,10 +42,11 @@ class ReferDataset(TaskDataset):
         box_templates: Sequence[str] = ("Where is {ref}?",),
         mask_templates: Sequence[str] = ("Segment {ref}.",),
         max_turns: int = 0,
+        independent_turns: bool = False,
     ) -> None:
         super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
         self.templates = {"box": tuple(box_templates), "mask": tuple(mask_templates)}
-        self.max_turns = max_turns
+        self.max_turns, self.independent_turns = max_turns, independent_turns
         if max_turns < 0:
             raise ValueError(f"max_turns must be 0 (all) or more, not {max_turns}")
         if isinstance(box_templates, str) or isinstance(mask_templates, str):
@@ -78,7 +80,9 @@ class ReferDataset(TaskDataset):
         chosen = [things[i] for i in rng.permutation(len(things))[: self.max_turns or None]]
         turns = [turn for names, target in chosen for turn in self._ask(names, target, rng)]
         turns[0] = replace(turns[0], text=IMAGE + turns[0].text)
-        return build_sample(turns, self.tokenizer, images=[(und,)], task="refer")
+        return build_sample(
+            turns, self.tokenizer, images=[(und,)], independent=self.independent_turns, task="refer"
+        )
 
     def _read_targets(
         self, annotation: Mapping[str, Any], size: tuple[int, int], hw: tuple[int, int]

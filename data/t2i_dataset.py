@@ -14,8 +14,10 @@ from data.conversation import (
     image_segment,
     read_image_names,
     read_turns,
+    require_draws,
 )
-from data.dataset_base import Record, SkipSample, TaskDataset
+from data.dataset_base import Record, SkipSample, TaskDataset, Transform
+from data.tokens import Tokenizer
 from data.types import Sample
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -27,17 +29,32 @@ class T2iDataset(TaskDataset):
     Members of a sample: `KEY.png` (or jpg, jpeg, webp) and `KEY.json` with `{"caption": "a red 7"}`, or `{"captions": […]}` of
     which one is drawn, or `KEY.txt`.
 
-    Plan: text (droppable, for guidance), gen_image.
+    Plan: text (droppable, for guidance), gen_image (`draws` times).
+
+    Args:
+        tokenizer, vit_transform, vae_transform: of the group.
+        draws: noised copies of the picture, every one with its own time and noise; they share the caption and do not see each other.
     """
 
     source_format: ClassVar[str] = "tar"
     needs = ("vae",)
 
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        vit_transform: Transform | None = None,
+        vae_transform: Transform | None = None,
+        draws: int = 1,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
+        self.draws = require_draws(draws)
+
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         caption = _caption(record, rng)
         drawn = image_segment("gen_image", _open_member(record), self.vae_transform)
         turns = [Turn(role="human", text=caption.replace(IMAGE, " ")), Turn(role="gpt", text=IMAGE)]
-        return build_sample(turns, self.tokenizer, drawn=[(drawn,)], drop_text=True, task="t2i")
+        return build_sample(turns, self.tokenizer, drawn=[(drawn,) * self.draws], drop_text=True, task="t2i")
 
 
 class T2iMessageDataset(TaskDataset):

@@ -35,6 +35,9 @@ class Segment:
         droppable: may be left out by condition dropout.
         dropped: was left out; images then leave a gap of one rotary position.
         bare: a text without its begin and end tokens (one decoded token at inference).
+        branch: 0 for the sample's trunk. Segments of one branch k > 0 see the trunk before them and each other; nobody outside
+            the branch sees them, and rotary positions start where the trunk's stood. So several questions about one picture share
+            its tokens without seeing each other's answers: each trains as if asked alone.
         timestep: of a `gen_image`, in (0, 1], after the schedule's shift; 0 for everything else.
         noise_seed: of images that pass the VAE; seeds the posterior sample and the flow noise.
     """
@@ -46,6 +49,7 @@ class Segment:
     droppable: bool = False
     dropped: bool = False
     bare: bool = False
+    branch: int = 0
     timestep: float = 0.0
     noise_seed: int = 0
 
@@ -182,7 +186,7 @@ class PackedBatch:
         gen_position, gen_index: `l` int64; gen_timestep: `l` float32, 0 for clean patches.
         gen_seed, gen_key: `m` int64, noise seed and a hash of the pixels (key of the latent cache).
         regions: per perception head; a head without regions in this pack is simply absent.
-        sample_lens, split_lens, split_modes: the attention layout; splits follow each other over all samples.
+        sample_lens, split_lens, split_modes, split_branches: the attention layout; splits follow each other over all samples.
         samples, tasks: origin and task of each sample, in order.
         lane, cursor, rejects: what the data state is once this pack is consumed.
     """
@@ -208,6 +212,7 @@ class PackedBatch:
     sample_lens: tuple[int, ...]
     split_lens: tuple[int, ...]
     split_modes: tuple[Mode, ...]
+    split_branches: tuple[int, ...]
     origins: tuple[Origin, ...] = ()
     tasks: tuple[str, ...] = ()
     cursor: LaneCursor = LaneCursor(lane=0)

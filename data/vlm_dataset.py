@@ -36,6 +36,7 @@ class VlmDataset(TaskDataset):
         tokenizer, vit_transform, vae_transform: of the group.
         shuffle_turns: put the question-and-answer exchanges of a row in random order.
         max_turns: use a random subset of this many exchanges; 0 = all.
+        independent_turns: the exchanges do not see each other, each is asked as if alone about the picture.
         drop_image: pictures may be left out by condition dropout (never those of a row with objects); not given = no.
     """
 
@@ -52,12 +53,14 @@ class VlmDataset(TaskDataset):
         vae_transform: Transform | None = None,
         shuffle_turns: bool = False,
         max_turns: int = 0,
+        independent_turns: bool = False,
         drop_image: bool | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
         if max_turns < 0:
             raise ValueError(f"max_turns must be 0 (all) or more, not {max_turns}")
         self.shuffle_turns, self.max_turns = shuffle_turns, max_turns
+        self.independent_turns = independent_turns
         self.drop_image = self.drops_image if drop_image is None else drop_image
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
@@ -71,7 +74,11 @@ class VlmDataset(TaskDataset):
         turns = attach_targets(read_turns(row), read_objects(row.get("objects"), pictures, und))
         turns = choose_exchanges(turns, rng, shuffle=self.shuffle_turns, max_exchanges=self.max_turns)
         return build_sample(
-            turns, self.tokenizer, images=[(s,) for s in und], task=str(row.get("main_task_type", "vqa"))
+            turns,
+            self.tokenizer,
+            images=[(s,) for s in und],
+            independent=self.independent_turns,
+            task=str(row.get("main_task_type", "vqa")),
         )
 
 

@@ -11,6 +11,7 @@ from data.conversation import (
     lead_with_images,
     read_image_names,
     read_turns,
+    require_draws,
 )
 from data.dataset_base import Record, SkipSample, TaskDataset, Transform
 from data.tokens import Tokenizer
@@ -31,6 +32,8 @@ class EditDataset(TaskDataset):
         tokenizer, vit_transform, vae_transform: of the group.
         drop_condition: the instruction and both forms of the input may be left out by condition dropout, each with its own
             probability; needed for guidance. Off, as published for the medical editing classes.
+        draws: noised copies of each output picture, every one with its own time and noise; they share all that stands before them and
+            do not see each other.
     """
 
     source_format: ClassVar[str] = "jsonl"
@@ -43,9 +46,10 @@ class EditDataset(TaskDataset):
         vit_transform: Transform | None = None,
         vae_transform: Transform | None = None,
         drop_condition: bool = False,
+        draws: int = 1,
     ) -> None:
         super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
-        self.drop_condition = drop_condition
+        self.drop_condition, self.draws = drop_condition, require_draws(draws)
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         inputs = [record.open_image(name) for name in read_image_names(record.data, "input_img")]
@@ -62,7 +66,7 @@ class EditDataset(TaskDataset):
             )
             for picture in inputs
         ]
-        drawn = [(image_segment("gen_image", picture, self.vae_transform),) for picture in outputs]
+        drawn = [(image_segment("gen_image", p, self.vae_transform),) * self.draws for p in outputs]
         return build_sample(
             turns,
             self.tokenizer,

@@ -75,7 +75,8 @@ class Bagel(nn.Module):
     def _see(self, batch: PackedBatch) -> FeatureGrids:
         hw = tuple((int(h), int(w)) for h, w in batch.und_hw.tolist())
         lens = [h * w for h, w in hw]
-        plan = AttentionPlan.build(lens, lens, ["full"] * len(lens), batch.und_patches.device)
+        modes, trunk = ["full"] * len(lens), [0] * len(lens)
+        plan = AttentionPlan.build(lens, lens, modes, trunk, batch.und_patches.device)
         patches = normalise_pixels(batch.und_patches).to(self.vae2llm.weight.dtype)
         # The tower's own table may have another side than the connector's; the packed position counts in the latter.
         position = self._vit_position(batch.und_position)
@@ -105,5 +106,7 @@ class Bagel(nn.Module):
 
 
 def _pack_rule(batch: PackedBatch) -> Attend:
-    plan = AttentionPlan.build(batch.sample_lens, batch.split_lens, batch.split_modes, batch.position.device)
+    plan = AttentionPlan.build(
+        batch.sample_lens, batch.split_lens, batch.split_modes, batch.split_branches, batch.position.device
+    )
     return lambda layer, q, k, v: packed_attention(q, k, v, plan)

@@ -1,7 +1,8 @@
 """Attention over a packed sequence, without an N x N mask.
 
 Rule: a token sees tokens of its own sample only. `causal` splits see all before them and themselves causally; `full` and
-`noise` splits see all before them and all of themselves; nobody outside a `noise` split sees it.
+`noise` splits see all before them and all of themselves; nobody outside a `noise` split sees it. Splits of a branch are seen by
+that branch only; the trunk (branch 0) is seen by all that follow.
 
 `AttentionPlan` states the rule for one pack and is built once per forward; `packed_attention` applies it in every layer.
 Short samples are padded to a common length and attend in one batched call; long ones go split by split, so that cost
@@ -10,6 +11,7 @@ grows with the sum over splits of (split x its context), never with (packed leng
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,14 @@ from torch import Tensor
 
 BATCHED_UP_TO = 768
 """Longest sample whose own square mask is cheaper than a call per split."""
+
+
+class _Part(NamedTuple):
+    """One split of a sample."""
+
+    length: int
+    mode: str
+    branch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class AttentionPlan:
         sample_lens: Sequence[int],
         split_lens: Sequence[int],
         split_modes: Sequence[str],
+        split_branches: Sequence[int],
         device: torch.device,
         batched_up_to: int = BATCHED_UP_TO,
     ) -> "AttentionPlan":
@@ -59,23 +70,23 @@ class AttentionPlan:
 
         Args:
             sample_lens: tokens of each sample.
-            split_lens, split_modes: the splits of all samples, in order.
+            split_lens, split_modes, split_branches: the splits of all samples, in order.
             device: where the index tensors go.
             batched_up_to: samples longer than this go split by split.
 
         Raises:
             ValueError: if the splits do not add up to the samples.
         """
-        if sum(sample_lens) != sum(split_lens) or len(split_lens) != len(split_modes):
+        if sum(sample_lens) != sum(split_lens):
             raise ValueError(f"splits cover {sum(split_lens)} tokens, samples {sum(sample_lens)}")
-        short: dict[int, list[tuple[int, list[tuple[int, str]]]]] = {}
+        splits = iter(map(_Part, split_lens, split_modes, split_branches))
+        short: dict[int, list[tuple[int, list[_Part]]]] = {}
         long: list[_Split] = []
-        start = split = 0
+        start = 0
         for length in sample_lens:
-            parts: list[tuple[int, str]] = []
-            while sum(p for p, _ in parts) < length:
-                parts.append((split_lens[split], split_modes[split]))
-                split += 1
+            parts: list[_Part] = []
+            while sum(p.length for p in parts) < length:
+                parts.append(next(splits))
             if length and length <= batched_up_to:
                 # Lengths within an eighth of each other share a bucket.
                 step = max(16, 1 << max(0, length.bit_length() - 3))
@@ -92,44 +103,48 @@ class AttentionPlan:
         return AttentionPlan(buckets, tuple(long), scatter, start)
 
 
-def _bucket(samples: list[tuple[int, list[tuple[int, str]]]], device: torch.device) -> _Bucket:
-    lengths = torch.tensor([sum(p for p, _ in parts) for _, parts in samples])
+def _bucket(samples: list[tuple[int, list[_Part]]], device: torch.device) -> _Bucket:
+    lengths = torch.tensor([sum(p.length for p in parts) for _, parts in samples])
     starts = torch.tensor([s for s, _ in samples])
     b, n = len(samples), int(lengths.max())
     place = torch.arange(n)
     valid = place[None] < lengths[:, None]
-    if all(len(parts) == 1 and parts[0][1] != "causal" for _, parts in samples) and bool(valid.all()):
+    if all(len(parts) == 1 and parts[0].mode != "causal" for _, parts in samples) and bool(valid.all()):
         allowed = None  # pictures of one size: everything sees everything
     else:
-        # The i-th token's split: where it starts, whether it attends as a block, whether others may see it.
-        split_id = torch.full((b, n), -1, dtype=torch.int16)
+        # Of every token: number of its split, branch, whether it attends as a block, whether other splits may see it.
+        split, branch = torch.full((b, n), -1, dtype=torch.int16), torch.zeros(b, n, dtype=torch.int16)
         block, hidden = torch.zeros(b, n, dtype=torch.bool), torch.zeros(b, n, dtype=torch.bool)
         for i, (_, parts) in enumerate(samples):
             at = 0
-            for j, (length, mode) in enumerate(parts):
-                split_id[i, at : at + length] = j
-                block[i, at : at + length] = mode != "causal"
-                hidden[i, at : at + length] = mode == "noise"
-                at += length
-        same = split_id[:, :, None] == split_id[:, None, :]
-        allowed = ((place[:, None] >= place[None, :]) & ~hidden[:, None, :]) | (same & block[:, :, None])
-        # A noise split's own tokens see each other (they are a block); padded rows see themselves, so that no row is empty.
-        allowed = (allowed & valid[:, None, :] | torch.eye(n, dtype=torch.bool))[:, None]
+            for j, part in enumerate(parts):
+                own = slice(at, at + part.length)
+                split[i, own], branch[i, own] = j, part.branch
+                block[i, own], hidden[i, own] = part.mode != "causal", part.mode == "noise"
+                at += part.length
+        before = (place[:, None] >= place[None, :]) & ~hidden[:, None, :]
+        before &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        together = (split[:, :, None] == split[:, None, :]) & block[:, :, None]
+        # Padded rows see themselves, so that no row is empty.
+        allowed = ((before | together) & valid[:, None, :] | torch.eye(n, dtype=torch.bool))[:, None].to(
+            device
+        )
     index = torch.where(valid, starts[:, None] + place[None], 0)
     rows = torch.nonzero(valid.flatten()).flatten()
-    return _Bucket(index.to(device), rows.to(device), allowed.to(device) if allowed is not None else None)
+    return _Bucket(index.to(device), rows.to(device), allowed)
 
 
-def _long_sample(start: int, parts: list[tuple[int, str]], device: torch.device) -> list[_Split]:
+def _long_sample(start: int, parts: list[_Part], device: torch.device) -> list[_Split]:
     splits: list[_Split] = []
-    seen: list[Tensor] = []
+    seen: list[tuple[int, Tensor]] = []
     at = start
-    for length, mode in parts:
-        context = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.int64)
-        splits.append(_Split(at, at + length, context.to(device), mode == "causal"))
-        if mode != "noise":
-            seen.append(torch.arange(at, at + length))
-        at += length
+    for part in parts:
+        visible = [tokens for branch, tokens in seen if branch in (0, part.branch)]
+        context = torch.cat(visible) if visible else torch.zeros(0, dtype=torch.int64)
+        splits.append(_Split(at, at + part.length, context.to(device), part.mode == "causal"))
+        if part.mode != "noise":
+            seen.append((part.branch, torch.arange(at, at + part.length)))
+        at += part.length
     return splits
 
 
@@ -199,18 +214,25 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, split: _Split, grouped: bool)
 
 
 def dense_allowed(
-    sample_lens: Sequence[int], split_lens: Sequence[int], split_modes: Sequence[str]
+    sample_lens: Sequence[int],
+    split_lens: Sequence[int],
+    split_modes: Sequence[str],
+    split_branches: Sequence[int],
 ) -> Tensor:
     """`s s` bool, the rule written out: for tests and pictures, never for training."""
-    sample = torch.repeat_interleave(
-        torch.arange(len(sample_lens)), torch.tensor(sample_lens, dtype=torch.int64)
-    )
-    split = torch.repeat_interleave(
-        torch.arange(len(split_lens)), torch.tensor(split_lens, dtype=torch.int64)
-    )
-    block = torch.tensor([m != "causal" for m in split_modes])[split]
-    noise = torch.tensor([m == "noise" for m in split_modes])[split]
+
+    def of_token(values: Sequence[int], lens: Sequence[int]) -> Tensor:
+        return torch.repeat_interleave(
+            torch.tensor(values, dtype=torch.int64), torch.tensor(lens, dtype=torch.int64)
+        )
+
+    sample = of_token(range(len(sample_lens)), sample_lens)
+    split = of_token(range(len(split_lens)), split_lens)
+    branch = of_token(split_branches, split_lens)
+    block = of_token([m != "causal" for m in split_modes], split_lens).bool()
+    noise = of_token([m == "noise" for m in split_modes], split_lens).bool()
     place = torch.arange(len(sample))
     same_split = split[:, None] == split[None]
     visible = (place[:, None] >= place[None]) | (same_split & block[:, None])
+    visible &= (branch[None] == 0) | (branch[None] == branch[:, None])
     return visible & (sample[:, None] == sample[None]) & (same_split | ~noise[None])

@@ -44,7 +44,7 @@ def test_a_killed_run_ends_as_one_that_was_not(flags: dict[str, object], tmp_pat
     shutil.copytree(checkpoints / newest, checkpoints / f"{TOTAL_STEPS - 1:07d}.tmp", dirs_exist_ok=True)
 
     chance = np.random.default_rng()
-    last_step, rest_s = int(chance.integers(int(newest), TOTAL_STEPS)), float(chance.uniform(0, 0.5))
+    last_step, rest_s = int(chance.integers(len(losses(killed)) + 1, TOTAL_STEPS)), float(chance.uniform(0, 0.5))
     print(f"resumes from {newest}, killed {rest_s:.3f} s after step {last_step}")  # shown if the test fails
 
     def moment() -> bool:

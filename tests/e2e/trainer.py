@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +85,14 @@ def kill_all(root: int) -> None:
     ranks = list(_children(root))
     helpers = [pid for rank in ranks for pid in _descendants(rank)]
     for pid in (root, *ranks):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while left := [pid for pid in helpers if _is_running(pid)]:
         if time.monotonic() > deadline:
             for pid in left:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"{len(left)} processes of the killed ranks went on running")
         time.sleep(0.05)
 

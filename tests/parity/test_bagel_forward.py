@@ -97,6 +97,7 @@ def pack_of(x: dict[str, Tensor], shape: dict[str, Any], config: BagelConfig) ->
         sample_lens=tuple(sum(s) for s in shape["per_sample_split_lens"]),
         split_lens=tuple(n for s in shape["per_sample_split_lens"] for n in s),
         split_modes=tuple(m for s in shape["per_sample_attn_modes"] for m in s),
+        split_branches=tuple(0 for s in shape["per_sample_attn_modes"] for _ in s),
     )
 
 
