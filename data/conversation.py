@@ -222,7 +222,7 @@ def build_sample(
         tokenizer: of the model.
         images, drawn: what each picture emits.
         drop_text: human texts may be left out by condition dropout.
-        independent: the exchanges do not see each other, only the pictures before the first question: each on a branch of its own.
+        independent: the exchanges see the pictures before the first question but not each other: each has a branch of its own.
         task: for logs and for the table of a pack.
 
     Raises:

@@ -215,7 +215,9 @@ class _Entry:
         required = ["dataset_names", *(k for k, p in options.items() if p.default is p.empty)]
         missing = [key for key in required if key not in self.entry]
         if missing:
-            raise ValueError(f"{self.where}: the key {missing[0]!r} is missing")
+            raise ValueError(
+                f"{self.where}: the key {missing[0]!r} is missing; {self.kind} needs it, add it here"
+            )
         if "resume_data_status" in self.entry:
             logger.info("%s.resume_data_status: has no effect, the data state is always resumed", self.where)
 

@@ -48,12 +48,14 @@ class SkipSample(Exception):
     Args:
         reason: short key to count by ("missing_image").
         message: one line for a person: file, line or member, what is wrong.
+        where: file and line or member, if the record did not even get as far as having a `where` of its own.
     """
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)
+    def __init__(self, reason: str, message: str, where: str = ""):
+        super().__init__(reason, message, where)
         self.reason = reason
         self.message = message
+        self.where = where
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,17 @@ class Record:
             content = self.fetch(name)
         except (OSError, KeyError, ValueError) as e:
             raise SkipSample(
-                "missing_image", f"{self.where}: image {name!r} cannot be read ({_brief(e)})"
+                "missing_image",
+                f"{self.where}: image {name!r} cannot be read ({_brief(e)}); restore it or remove the record",
             ) from e
         try:
             image = Image.open(io.BytesIO(content))
             image.load()
         except IMAGE_ERRORS as e:
-            message = f"{self.where}: image {name!r} is broken or not an image ({_brief(e)})"
+            message = (
+                f"{self.where}: image {name!r} is broken or not an image ({_brief(e)}); "
+                "replace it or remove the record"
+            )
             raise SkipSample("bad_image", message) from e
         return image
 
@@ -129,11 +135,15 @@ class JsonlSource:
         where = f"{self.path}:{self._line[index]}"
         content = self._files.read(self.path, int(self._start[index]), int(self._length[index]))
         try:
-            row = json.loads(content)
+            row = json.loads(content.strip())
         except ValueError as e:  # also UnicodeDecodeError
-            raise SkipSample("bad_json", f"{where}: not valid JSON ({_brief(e)})") from e
+            raise SkipSample(
+                "bad_json", f"{where}: not valid JSON ({_brief(e)}); correct or remove the line", where
+            ) from e
         if not isinstance(row, dict):
-            raise SkipSample("bad_json", f"{where}: expected a JSON object, found {type(row).__name__}")
+            raise SkipSample(
+                "bad_json", f"{where}: expected a JSON object, found {type(row).__name__}", where
+            )
         return Record(data=row, where=where, fetch=self._fetch)
 
 
@@ -192,7 +202,11 @@ class TarSource:
                 try:
                     data[ext] = _DECODERS[ext](fetch(ext))
                 except ValueError as e:
-                    raise SkipSample("bad_json", f"{where}.{ext}: not valid {ext} ({_brief(e)})") from e
+                    raise SkipSample(
+                        "bad_json",
+                        f"{where}.{ext}: not valid {ext} ({_brief(e)}); write the shard again",
+                        where,
+                    ) from e
         return Record(data=data, where=where, fetch=fetch)
 
 
@@ -397,7 +411,9 @@ class _Files:
         content = os.pread(self._open[path], size, offset)
         if len(content) < size:
             raise SkipSample(
-                "truncated", f"{path}: ends before byte {offset + size}; the file changed or is cut short"
+                "truncated",
+                f"{path}: ends before byte {offset + size}; the file changed or is cut short",
+                str(path),
             )
         return content
 
@@ -446,5 +462,7 @@ def _require_records(count: int, path: str | Path) -> None:
 
 
 def _brief(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"  # its own text says "line 1", whatever line of the file it is
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -91,7 +91,7 @@ def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sam
         finish_rng = sample_rng(plan.seed, group.name, position, "finish")
         sample = finish_sample(sample, finish_rng, plan.dropout, plan.timestep_shift)
     except SkipSample as e:
-        reason, message = e.reason, e.message
+        reason, message, where = e.reason, e.message, e.where or where
     except RECORD_ERRORS as e:
         reason, message = "broken_record", f"{type(e).__name__}: {e} (in {type(group.dataset).__name__})"
     else:

@@ -33,7 +33,8 @@ class T2iDataset(TaskDataset):
 
     Args:
         tokenizer, vit_transform, vae_transform: of the group.
-        draws: noised copies of the picture, every one with its own time and noise; they share the caption and do not see each other.
+        draws: noised copies of the picture, every one with its own time and noise; they share the caption and do not see
+            each other.
     """
 
     source_format: ClassVar[str] = "tar"

@@ -1,6 +1,7 @@
 """The one training loop. In: a sharded model with its state, endless packs. Out: steps, reports, checkpoints."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from train.objective import Objective
 from train.optim import set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
 from train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +154,13 @@ def _require_finite(
 
 
 def _write_rejects(run: Run, packs: list[PackedBatch]) -> None:
-    """Append this rank's unusable records to `rejects.RANK.jsonl`."""
+    """Append this rank's unusable records to `rejects.RANK.jsonl`, and say so."""
     rows = [asdict(r) for p in packs for r in p.rejects]
     if rows:
         path = Path(run.args.checkpoint.results_dir) / f"rejects.{run.world.rank}.jsonl"
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        logger.warning("%d records could not be used, see %s; first: %s", len(rows), path, rows[0]["message"])
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -32,8 +32,8 @@ class EditDataset(TaskDataset):
         tokenizer, vit_transform, vae_transform: of the group.
         drop_condition: the instruction and both forms of the input may be left out by condition dropout, each with its own
             probability; needed for guidance. Off, as published for the medical editing classes.
-        draws: noised copies of each output picture, every one with its own time and noise; they share all that stands before them and
-            do not see each other.
+        draws: noised copies of each output picture, every one with its own time and noise; they share all that stands before
+            them and do not see each other.
     """
 
     source_format: ClassVar[str] = "jsonl"

@@ -112,19 +112,21 @@ def _bucket(samples: list[tuple[int, list[_Part]]], device: torch.device) -> _Bu
     if all(len(parts) == 1 and parts[0].mode != "causal" for _, parts in samples) and bool(valid.all()):
         allowed = None  # pictures of one size: everything sees everything
     else:
-        # Of every token: number of its split, branch, whether it attends as a block, whether other splits may see it.
-        split, branch = torch.full((b, n), -1, dtype=torch.int16), torch.zeros(b, n, dtype=torch.int16)
-        block, hidden = torch.zeros(b, n, dtype=torch.bool), torch.zeros(b, n, dtype=torch.bool)
-        for i, (_, parts) in enumerate(samples):
-            at = 0
-            for j, part in enumerate(parts):
-                own = slice(at, at + part.length)
-                split[i, own], branch[i, own] = j, part.branch
-                block[i, own], hidden[i, own] = part.mode != "causal", part.mode == "noise"
-                at += part.length
+        # Of every token: number of its split, its branch, whether it attends as a block, whether other splits may see it.
+        facts = torch.tensor(
+            [
+                (j, p.branch, p.mode != "causal", p.mode == "noise")
+                for _, parts in samples
+                for j, p in enumerate(parts)
+            ]
+        ).repeat_interleave(torch.tensor([p.length for _, parts in samples for p in parts]), dim=0)
+        padded = torch.zeros(b, n, 4, dtype=torch.int64)
+        padded[valid] = facts
+        split, branch, block, hidden = padded.unbind(-1)
+        block, hidden = block.bool(), hidden.bool()
         before = (place[:, None] >= place[None, :]) & ~hidden[:, None, :]
         before &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        together = (split[:, :, None] == split[:, None, :]) & block[:, :, None]
+        together = (split[:, :, None] == split[:, None, :]) & block[:, :, None] & valid[:, :, None]
         # Padded rows see themselves, so that no row is empty.
         allowed = ((before | together) & valid[:, None, :] | torch.eye(n, dtype=torch.bool))[:, None].to(
             device

@@ -201,7 +201,7 @@ def make_example(ground: Ground, index: int) -> Made:
 
 
 def vqa_row(scene: scenes.Scene, image: Json, rng: np.random.Generator, *, pointing: bool) -> Json:
-    """Every question about the scene; with `pointing`, also where each digit is, so that one picture teaches all of it at once."""
+    """Every question about the scene; with `pointing`, also where each digit is: one picture teaches all of it at once."""
     turns = scenes.questions(rng, scene.digits)
     objects: Json = {"ref": [], "bbox": [], "mask": []}
     for digit in scene.digits if pointing else ():

@@ -29,8 +29,8 @@ LLM: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 96,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
     "intermediate_size": 288,
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
@@ -45,7 +45,7 @@ VIT: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 96,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "intermediate_size": 288,
     "num_channels": 3,
     "image_size": 64,
@@ -62,7 +62,7 @@ BAGEL: dict[str, Any] = {
     "interpolate_pos": False,
     "timestep_shift": 1.0,
     "head_reads": "self",
-    "heads": {"box": {}, "mask": {}},
+    "heads": {"box": {"width": 96}, "mask": {"channels": 16}},
 }
 
 PREPROCESSOR: dict[str, Any] = {

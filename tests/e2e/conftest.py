@@ -12,11 +12,23 @@ from scripts.data import make_quickstart, make_quickstart_model
 
 SMALL_CONFIGS = {
     "llm_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    "vit_config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vit_config": {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
     "bagel_config": {"heads": {"box": {"width": 16}, "mask": {"channels": 8}}},
 }
 SMALL_AUTOENCODER = AutoEncoderConfig(
-    ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, num_groups=4, resolution=64, scale_factor=1.0, shift_factor=0.0
+    ch=8,
+    ch_mult=(1, 1, 1, 1),
+    num_res_blocks=1,
+    z_channels=4,
+    num_groups=4,
+    resolution=64,
+    scale_factor=1.0,
+    shift_factor=0.0,
 )
 
 

@@ -40,12 +40,15 @@ def test_a_killed_run_ends_as_one_that_was_not(flags: dict[str, object], tmp_pat
     checkpoints = killed / "results" / "checkpoints"
     run_trainer(killed, stop=lambda: complete(checkpoints) and any(checkpoints.glob("*.tmp")), **flags)
     newest = complete(checkpoints)[-1]
-    # Whole but not renamed: it must not be taken, for the run may have been killed before any rank's data was on the disk.
+    # As if killed right before the rename: whole, but it does not bear a step's name and must not be taken.
     shutil.copytree(checkpoints / newest, checkpoints / f"{TOTAL_STEPS - 1:07d}.tmp", dirs_exist_ok=True)
 
     chance = np.random.default_rng()
-    last_step, rest_s = int(chance.integers(len(losses(killed)) + 1, TOTAL_STEPS)), float(chance.uniform(0, 0.5))
-    print(f"resumes from {newest}, killed {rest_s:.3f} s after step {last_step}")  # shown if the test fails
+    last_step, rest_s = (
+        int(chance.integers(len(losses(killed)) + 1, TOTAL_STEPS)),
+        float(chance.uniform(0, 0.5)),
+    )
+    print(f"resumes from {newest}, killed {rest_s:.3f} s after step {last_step}")  # noqa: T201 - seen if it fails
 
     def moment() -> bool:
         if len(losses(killed)) < last_step:

@@ -45,11 +45,19 @@ class Done:
 def command(num_ranks: int = 2, **flags: object) -> list[str]:
     """The command line: `SMALL`, changed by `flags`; a flag that is None is left out."""
     words = [f"--{name}={value}" for name, value in {**SMALL, **flags}.items() if value is not None]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={num_ranks}",
+        "--standalone",
+    ]
     return [*launcher, str(ROOT / "train" / "main.py"), *words]
 
 
-def run_trainer(folder: Path, *, stop: Callable[[], bool] | None = None, num_ranks: int = 2, **flags: object) -> Done:
+def run_trainer(
+    folder: Path, *, stop: Callable[[], bool] | None = None, num_ranks: int = 2, **flags: object
+) -> Done:
     """Train until the end, or until `stop()` is true and every process gets SIGKILL.
 
     Args:
@@ -66,7 +74,12 @@ def run_trainer(folder: Path, *, stop: Callable[[], bool] | None = None, num_ran
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(
-            command(num_ranks, **flags), cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command(num_ranks, **flags),
+            cwd=folder,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     deadline = time.monotonic() + TIME_LIMIT_S
     while process.poll() is None:

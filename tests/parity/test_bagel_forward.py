@@ -1,7 +1,7 @@
 """The published system's forward, loss and gradients on tiny models, number by number.
 
-Needs the golden folder beside the checkout; a clone without it runs `tests/parity/test_qwen2_reference.py` instead, which holds the
-decoder against an independent implementation.
+Needs the golden folder beside the checkout; a clone without it runs `tests/parity/test_qwen2_reference.py` instead, which holds
+the decoder against an independent implementation.
 """
 
 import json
@@ -128,7 +128,9 @@ def test_forward_loss_and_gradients(name: str) -> None:
         loss = loss + mse.mean()
     assert loss.item() == pytest.approx(float(expected["loss"]), rel=1e-5)
     loss.backward()
-    rounding = json.loads((GOLDEN / name / "expected.json").read_text()).get("params_with_rounding_noise_grad", [])
+    rounding = json.loads((GOLDEN / name / "expected.json").read_text()).get(
+        "params_with_rounding_noise_grad", []
+    )
     gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
     compared = 0
     for key, value in expected.items():
@@ -139,6 +141,8 @@ def test_forward_loss_and_gradients(name: str) -> None:
         if kind == "grad":
             assert relative(gradient, value) < GRADIENT_TOLERANCE, parameter
         else:
-            assert float(gradient.double().norm()) == pytest.approx(float(value), rel=5e-5, abs=1e-6), parameter
+            assert float(gradient.double().norm()) == pytest.approx(float(value), rel=5e-5, abs=1e-6), (
+                parameter
+            )
         compared += 1
     assert compared > 20

@@ -67,8 +67,9 @@ def unpacked(segmentation: dict[str, Any]) -> np.ndarray:
 def test_message_rows(root: Path, task: str, inputs: int, outputs: int, split: str) -> None:
     found = rows(root, task, split)
     assert len(found) == (SIZES[split] if task != "text" else -(-SIZES[split] // 3))
+    keys = {"main_task_type", "sub_task_type", "input_img", "output_img", "message", "meta"}
     for row in found:
-        assert set(row) == {"main_task_type", "sub_task_type", "input_img", "output_img", "message", "meta"}
+        assert set(row) == keys | ({"objects"} if (task, split) == ("vqa", "train") else set())
         assert (len(row["input_img"]), len(row["output_img"])) == (inputs, outputs)
         assert [m["from"] for m in row["message"]] == ["human", "gpt"] * (len(row["message"]) // 2)
         human = "".join(m["value"] for m in row["message"][::2])
@@ -89,8 +90,10 @@ def test_every_answer_is_true_and_every_question_has_one(root: Path) -> None:
         turns = zip(row["message"][::2], row["message"][1::2], row["meta"]["kinds"], strict=True)
         for question, answer, kind in turns:
             kinds[kind] += 1
-            words = question["value"].removeprefix("<image>\n").rstrip("?").split()
+            words = question["value"].removeprefix("<image>\n").rstrip("?.").split()
             wanted = {
+                "box": ["<BOX>"],
+                "mask": ["<SEG>"],
                 "count": [str(len(digits))],
                 "digits": [" ".join(str(d["digit"]) for d in digits)],
                 "colours": [" ".join(dict.fromkeys(d["colour"] for d in digits))],
@@ -98,7 +101,27 @@ def test_every_answer_is_true_and_every_question_has_one(root: Path) -> None:
                 "digit_of": [str(d["digit"]) for d in digits if d["colour"] == words[-1]],
             }[kind]
             assert wanted == [answer["value"]]
-    assert len(kinds) == 5
+    assert len(kinds) == 7 and kinds["box"] == kinds["mask"]
+
+
+def test_pointing_turns_name_one_digit_and_show_where_it_is(root: Path) -> None:
+    for row in rows(root, "vqa", "train"):
+        turns = zip(row["message"][::2], row["message"][1::2], strict=True)
+        asked = [q["value"] for q, a in turns if a["value"] in ("<BOX>", "<SEG>")]
+        names, boxes, masks = (row["objects"][key] for key in ("ref", "bbox", "mask"))
+        assert len(asked) == len(names) == 2 * len(row["meta"]["digits"])
+        for question, name, box, mask in zip(asked, names, boxes, masks, strict=True):
+            assert name in question and (box is None) != (mask is None)
+            (digit,) = (d for d in row["meta"]["digits"] if is_called(d, name))
+            if mask is not None:
+                columns, rows_ = (np.flatnonzero(unpacked(mask).any(axis)) for axis in (0, 1))
+                box = [columns[0], rows_[0], columns[-1] + 1, rows_[-1] + 1]
+            assert list(box) == digit["box"]
+
+
+def is_called(digit: dict[str, Any], name: str) -> bool:
+    """Whether every word of "the red 7", "the 7" or "the red digit" fits."""
+    return set(name.split()) <= {"the", "digit", digit["colour"], str(digit["digit"])}
 
 
 def test_glyphs_of_the_splits_are_disjoint_and_stratified(root: Path, manifest: dict[str, Any]) -> None:
