@@ -11,7 +11,13 @@ from modeling.autoencoder import AutoEncoder, AutoEncoderConfig, save_autoencode
 from scripts.data import make_quickstart, make_quickstart_model
 
 SMALL_CONFIGS = {
-    "llm_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    "llm_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "vit_config": {
         "hidden_size": 24,
         "intermediate_size": 48,

@@ -100,7 +100,7 @@ def output_not_writable(_: Quickstart, folder: Path) -> dict[str, object]:
 
 
 def flag_typo(_: Quickstart, folder: Path) -> dict[str, object]:
-    return {"expected_num_token": 500}
+    return {"expected_num_tokns": 500}
 
 
 def contradicting_budgets(_: Quickstart, folder: Path) -> dict[str, object]:
@@ -138,7 +138,7 @@ ENDS: dict[Prepare, str] = {
     r"remove it from dataset_names or give it records",
     output_not_writable: r"{folder}/a_file/results/checkpoints: cannot write here \(.*\); "
     r"choose another --results_dir or --checkpoint_dir",
-    flag_typo: r"unknown argument --expected_num_token=500; did you mean --expected_num_tokens\?",
+    flag_typo: r"unknown argument --expected_num_tokns=500; did you mean --expected_num_tokens\?",
     contradicting_budgets: r"--expected_num_tokens 800 is more than --max_num_tokens 700; a pack could never be full",
     no_weights: r".*/base/model\.safetensors: no weights here; train or export a model first, or ask for --from_scratch True",
     damaged_autoencoder: r"{folder}/model/ae\.safetensors: not a readable safetensors file \(.*\); copy it again",
