@@ -80,7 +80,7 @@ class Bagel(nn.Module):
         patches = normalise_pixels(batch.und_patches).to(self.vae2llm.weight.dtype)
         # The tower's own table may have another side than the connector's; the packed position counts in the latter.
         position = self._vit_position(batch.und_position)
-        values = self.vit_model(patches, position, plan)
+        values = self.vit_model(patches, position, hw, plan)
         return FeatureGrids(
             values=values, pixels=batch.und_patches, hw=hw, patch_size=self.config.vit.patch_size
         )

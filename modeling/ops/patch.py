@@ -1,5 +1,8 @@
 """Latent patches and 2-D position tables."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -13,6 +16,30 @@ def patchify_latent(latent: Tensor, patch: int) -> Tensor:
 def unpatchify_latent(tokens: Tensor, rows: int, cols: int, patch: int) -> Tensor:
     """`(rows cols) (p p z)` -> `z (rows p) (cols p)`."""
     return rearrange(tokens, "(r c) (p q z) -> z (r p) (c q)", r=rows, c=cols, p=patch, q=patch)
+
+
+def images_by_size(
+    patches: Tensor, hw: Sequence[tuple[int, int]], patch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Packed patches put together to pictures again, all of one size at a time, so that convolutions can run.
+
+    Args:
+        patches: `v (p p c)`, row-major patches of one image after the other.
+        hw: patch rows and columns of each image.
+        patch: side of a patch.
+
+    Yields:
+        places of the patches `(i h w)` and pictures `i c (h p) (w p)`. Without images one group of nothing, still of `patches`.
+    """
+    channels = patches.shape[1] // patch**2
+    if not hw:
+        yield torch.zeros(0, dtype=torch.int64, device=patches.device), patches.reshape(0, channels, patch, patch)
+        return
+    first = list(itertools.accumulate((h * w for h, w in hw), initial=0))
+    for h, w in sorted(set(hw)):
+        start = torch.tensor([f for f, size in zip(first[:-1], hw, strict=True) if size == (h, w)])
+        place = (start[:, None] + torch.arange(h * w)[None]).flatten().to(patches.device)
+        yield place, rearrange(patches[place], "(i h w) (p q c) -> i c (h p) (w q)", h=h, w=w, p=patch, q=patch)
 
 
 def normalise_pixels(pixels: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiglipConfig:
-    """Sizes of the tower; names as in `vit_config.json`. `num_hidden_layers` counts the layers that are really built."""
+    """Sizes of the tower; names as in `vit_config.json`. `num_hidden_layers` counts the layers that are really built.
+
+    `stem_width` is ours: channels of a convolutional stem whose output is added to the linear patch embedding; 0, as published: none.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -17,6 +20,7 @@ class SiglipConfig:
     image_size: int
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
+    stem_width: int = 0
 
     @property
     def positions_per_side(self) -> int:

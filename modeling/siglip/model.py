@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from modeling.ops.attention import AttentionPlan, packed_attention
 from modeling.siglip.config import SiglipConfig
+from modeling.siglip.stem import ConvStem
 
 
 class SiglipEmbeddings(nn.Module):
@@ -14,9 +15,15 @@ class SiglipEmbeddings(nn.Module):
         super().__init__()
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
+        self.stem = (
+            ConvStem(config.num_channels, config.patch_size, config.stem_width, config.hidden_size)
+            if config.stem_width
+            else None
+        )
 
-    def forward(self, patches: Tensor, position: Tensor) -> Tensor:
-        return self.patch_embedding(patches) + self.position_embedding(position)
+    def forward(self, patches: Tensor, position: Tensor, hw: tuple[tuple[int, int], ...]) -> Tensor:
+        x = self.patch_embedding(patches) + self.position_embedding(position)
+        return x if self.stem is None else x + self.stem(patches, hw)
 
 
 class SiglipAttention(nn.Module):
@@ -80,8 +87,10 @@ class SiglipVisionTransformer(nn.Module):
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, patches: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
-        x = self.embeddings(patches, position)
+    def forward(
+        self, patches: Tensor, position: Tensor, hw: tuple[tuple[int, int], ...], plan: AttentionPlan
+    ) -> Tensor:
+        x = self.embeddings(patches, position, hw)
         for layer in self.encoder.layers:
             x = layer(x, plan)
         return self.post_layernorm(x)
@@ -95,15 +104,18 @@ class SiglipVisionModel(nn.Module):
         self.config = config
         self.vision_model = SiglipVisionTransformer(config)
 
-    def forward(self, patches: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self, patches: Tensor, position: Tensor, hw: tuple[tuple[int, int], ...], plan: AttentionPlan
+    ) -> Tensor:
         """Encode packed patches.
 
         Args:
             patches: `v (p p 3)` float in [-1, 1].
             position: `v` int64, places in the position table.
+            hw: patch rows and columns of each image.
             plan: one `full` split per image.
 
         Returns:
             `v d`.
         """
-        return self.vision_model(patches, position, plan)
+        return self.vision_model(patches, position, hw, plan)

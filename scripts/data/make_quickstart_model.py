@@ -44,7 +44,7 @@ LLM: dict[str, Any] = {
 VIT: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "intermediate_size": 288,
     "num_channels": 3,
@@ -53,6 +53,7 @@ VIT: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
     "rope": False,
+    "stem_width": 64,
 }
 BAGEL: dict[str, Any] = {
     "latent_patch_size": 2,
