@@ -17,6 +17,7 @@ from modeling.bagel.init import fixed_tables, initial_value
 
 logger = logging.getLogger(__name__)
 
+TOWER = "vit_model.safetensors"
 WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 
 
@@ -78,6 +79,36 @@ def stored_values(model_dir: str | Path, model: Bagel, weights: str) -> Callable
             f"{file}: {len(missing)} tensors missing, {len(wrong)} of another shape: {'; '.join(lines)}"
         )
     return lambda name, shape: tables[name] if name in tables else store.get_tensor(name)
+
+
+def with_tower(
+    values: Callable[[str, torch.Size], Tensor], vit_path: str | Path, model: Bagel
+) -> Callable[[str, torch.Size], Tensor]:
+    """The same values, but the vision tower's from `vit_path/vit_model.safetensors` (keys without the `vit_model.` prefix).
+
+    Raises:
+        ValueError: if the file is missing or damaged, or is of another tower.
+    """
+    file, prefix = Path(vit_path) / TOWER, "vit_model."
+    wanted = {
+        n.removeprefix(prefix): tuple(p.shape) for n, p in model.named_parameters() if n.startswith(prefix)
+    }
+    try:
+        store = safe_open(file, framework="pt")
+        held = {key: tuple(store.get_slice(key).get_shape()) for key in store.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"--vit_path {file}: cannot be read as safetensors ({e})") from e
+    if wrong := sorted(key for key in wanted.keys() | held.keys() if wanted.get(key) != held.get(key)):
+        raise ValueError(
+            f"--vit_path {file}: {len(wrong)} tensors are missing, unexpected or of another shape than vit_config.json says, "
+            f"first {wrong[0]}"
+        )
+    logger.info("%s: the vision tower's %d tensors loaded", file, len(wanted))
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return store.get_tensor(name.removeprefix(prefix)) if name.startswith(prefix) else values(name, shape)
+
+    return value
 
 
 def load_model(model_dir: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Bagel:

@@ -86,11 +86,22 @@ def stages(nproc: int) -> tuple[Stage, ...]:
             writes=("base/ae.safetensors", "base/ae_config.json", "base/ae_log.jsonl"),
         ),
         Stage(
+            name="vision_tower",
+            steps=(
+                (
+                    "{torchrun} train/main_siglip.py --coco_path {run}/data/refer_train.json "
+                    "--val_coco_path {run}/data/refer_val.json --data_dir {run}/data --output_dir {run}/base "
+                    "--seed {seed}",
+                ),
+            ),
+            writes=("base/vit_model.safetensors", "base/vit_log.jsonl"),
+        ),
+        Stage(
             name="training",
             steps=(
                 (
                     "{torchrun} train/main.py --config configs/quickstart_run.yaml "
-                    "--dataset_config_file configs/quickstart.yaml --model_path {run}/base "
+                    "--dataset_config_file configs/quickstart.yaml --model_path {run}/base --vit_path {run}/base "
                     "--results_dir {run}/results_dir --checkpoint_dir {run}/checkpoints "
                     "--global_seed {seed} --auto_resume True",
                 ),

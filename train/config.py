@@ -39,6 +39,10 @@ class ModelArgs:
         False,
         "Start from random weights, drawn from --global_seed; without it a directory without weights is an error.",
     )
+    vit_path: str | None = flag(
+        None,
+        "Directory with `vit_model.safetensors`: start the vision tower from it, whatever the rest starts from.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

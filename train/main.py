@@ -21,7 +21,7 @@ from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
-from modeling.build import build_model, initial_values, stored_values, weights_kind
+from modeling.build import build_model, initial_values, stored_values, weights_kind, with_tower
 from train.checkpoint import Checkpoints, Start
 from train.config import Args, parse_args
 from train.distributed.mesh import build_mesh
@@ -95,10 +95,11 @@ def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
         return initial_values(model.config, args.train.global_seed)
     directory = args.model.model_path if start is None else start.path
     if start is None and args.model.from_scratch:
-        return initial_values(model.config, args.train.global_seed)
-    return stored_values(
-        directory, model, weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
-    )
+        values = initial_values(model.config, args.train.global_seed)
+    else:
+        kind = weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
+        values = stored_values(directory, model, kind)
+    return with_tower(values, args.model.vit_path, model) if args.model.vit_path else values
 
 
 def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World, state: TrainState):

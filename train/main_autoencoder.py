@@ -10,7 +10,6 @@ the global batch.
 """
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -28,9 +27,16 @@ from torch.nn import Parameter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from modeling.autoencoder import AttnBlock, AutoEncoder, AutoEncoderConfig, ResnetBlock, save_autoencoder
-from train.distributed.collectives import all_sum
 from train.distributed.session import World, run_entry, session
 from train.metrics.image import PictureFidelity
+from train.warm_up_run import (
+    ProgressLog,
+    batch_rows,
+    learning_rate_factor,
+    of_rank,
+    require_writable,
+    summed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_params = sum(p.numel() for p in model.parameters())
         log.say(f"{len(images)} pictures of {config.resolution} px, {num_params:,} parameters")
         for row in train(model, images, recipe, world):
-            log.write(row)
+            log.write(row, tell(row))
         model.eval().requires_grad_(False)
         calibrate(model, images, world)
-        log.write(report(model, images, held_out, recipe, world))
+        result = report(model, images, held_out, recipe, world)
+        log.write(result, tell(result))
         if world.is_main:
             save_autoencoder(model, args.output_dir)
             log.say(f"written to {args.output_dir}")
@@ -175,21 +182,6 @@ def config_of(args: argparse.Namespace) -> AutoEncoderConfig:
     return config
 
 
-def require_writable(output_dir: Path) -> None:
-    """Make the directory.
-
-    Raises:
-        ValueError: if it cannot be made or written to.
-    """
-    probe = output_dir / ".write_probe"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot write there ({error.strerror})") from error
-
-
 def read_images(folders: Sequence[Path], resolution: int) -> Tensor:
     """Every picture directly in the folders, by name: `n 3 hh ww` uint8, scaled and cut to squares of `resolution`.
 
@@ -243,7 +235,7 @@ def train(model: AutoEncoder, images: Tensor, recipe: Recipe, world: World) -> I
     """Train in place; yields a progress row every `log_every` steps and after the last."""
     params = list(model.parameters())
     optimizer = Optimizer(params, recipe.lr)
-    batches = batch_rows(len(images), recipe)
+    batches = batch_rows(len(images), recipe.batch_size, recipe.seed)
     moments = torch.zeros(model.config.z_channels, device=world.device)
     began, progress, step = time.monotonic(), 0.0, 0
     while progress < 1.0:
@@ -307,17 +299,6 @@ class Optimizer:
             param.grad = None
 
 
-def batch_rows(num_images: int, recipe: Recipe) -> Iterator[Tensor]:
-    """Endless global batches of row numbers: one shuffled pass over the images after the other."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rows = torch.zeros(0, dtype=torch.int64)
-    while True:
-        while len(rows) < recipe.batch_size:
-            rows = torch.cat([rows, torch.randperm(num_images, generator=generator)])
-        yield rows[: recipe.batch_size]
-        rows = rows[recipe.batch_size :]
-
-
 def losses(
     model: AutoEncoder, pixels: Tensor, noises: Sequence[Tensor], recipe: Recipe, moments: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -342,13 +323,6 @@ def losses(
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
     sums = torch.stack([difference.square().mean(dim=(1, 2, 3)).sum(), edge.sum(), kl.sum()])
     return sums, mean.detach().square().mean(dim=(2, 3)).sum(0)
-
-
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear up to 1 over the first `warmup` of the run, then a cosine down to 0."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def calibrate(model: AutoEncoder, images: Tensor, world: World) -> None:
@@ -412,11 +386,6 @@ def report(
     }
 
 
-def of_rank(world: World, rows: Tensor) -> Tensor:
-    """The rows of a global batch that belong to this process."""
-    return rows[world.rank :: world.size]
-
-
 def latent_shape(config: AutoEncoderConfig) -> tuple[int, int, int]:
     """`z h w` of a training image."""
     side = config.resolution // config.downsample
@@ -433,44 +402,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def summed(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors summed over all processes, in one message."""
-    total = all_sum(torch.cat([part.flatten() for part in parts]))
-    return [
-        flat.view_as(part) for flat, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
-    ]
-
-
-class ProgressLog:
-    """Progress lines on standard output and one JSON object each in a file; silent without a file (all but the first process)."""
-
-    def __init__(self, file: Path | None):
-        self._file = file
-        if file is not None:
-            file.write_text("", encoding="utf-8")
-
-    def say(self, line: str) -> None:
-        if self._file is not None:
-            logger.info(line)
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if "psnr_db" in row:
-            logger.info(
-                "PSNR %.2f dB (%.2f dB with noise %g on the latents), %d %s",
-                *(
-                    row[key]
-                    for key in ("psnr_db", "psnr_noised_db", "latent_noise", "pictures", "measured_on")
-                ),
-            )
-        else:
-            logger.info(
-                "step %(step)d  mse %(mse).5f  edge %(edge).4f  kl %(kl).2f  %(seconds).0f s, %(left_s).0f s left",
-                row,
-            )
+def tell(row: dict[str, Any]) -> str:
+    """A row of the log in words."""
+    if "psnr_db" in row:
+        return (
+            "PSNR {psnr_db:.2f} dB ({psnr_noised_db:.2f} dB with noise {latent_noise:g} on the latents), "
+            "{pictures} {measured_on}".format(**row)
+        )
+    return "step {step}  mse {mse:.5f}  edge {edge:.4f}  kl {kl:.2f}  {seconds:.0f} s, {left_s:.0f} s left".format(
+        **row
+    )
 
 
 if __name__ == "__main__":

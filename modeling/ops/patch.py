@@ -33,13 +33,19 @@ def images_by_size(
     """
     channels = patches.shape[1] // patch**2
     if not hw:
-        yield torch.zeros(0, dtype=torch.int64, device=patches.device), patches.reshape(0, channels, patch, patch)
+        yield (
+            torch.zeros(0, dtype=torch.int64, device=patches.device),
+            patches.reshape(0, channels, patch, patch),
+        )
         return
     first = list(itertools.accumulate((h * w for h, w in hw), initial=0))
     for h, w in sorted(set(hw)):
         start = torch.tensor([f for f, size in zip(first[:-1], hw, strict=True) if size == (h, w)])
         place = (start[:, None] + torch.arange(h * w)[None]).flatten().to(patches.device)
-        yield place, rearrange(patches[place], "(i h w) (p q c) -> i c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+        yield (
+            place,
+            rearrange(patches[place], "(i h w) (p q c) -> i c (h p) (w q)", h=h, w=w, p=patch, q=patch),
+        )
 
 
 def normalise_pixels(pixels: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ class ConvStem(nn.Module):
         super().__init__()
         levels = patch_size.bit_length() - 1
         if 1 << levels != patch_size:
-            raise ValueError(f"stem_width {width}: a stem needs a patch_size that is a power of two, not {patch_size}")
+            raise ValueError(
+                f"stem_width {width}: a stem needs a patch_size that is a power of two, not {patch_size}"
+            )
         self.patch_size = patch_size
         widths = [channels, *(max(8, width >> (levels - 1 - i)) for i in range(levels)), width, width]
         strides = [2] * levels + [1, 1]

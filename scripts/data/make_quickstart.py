@@ -107,7 +107,11 @@ def make(root: Path, *, sizes: dict[str, int], seed: int, workers: int) -> Json:
     counts: dict[str, dict[str, int]] = {}
     for split, size in sizes.items():
         ground = Ground(
-            split=split, seed=seed, root=root, glyphs=glyphs.take(places[split]), photographs=photographs
+            split=split,
+            seed=seed,
+            root=root,
+            glyphs=glyphs.take(places[split], jitter=split == "train"),
+            photographs=photographs,
         )
         (root / split / "images").mkdir(parents=True, exist_ok=True)
         for left_over in [*(root / split / "images").glob("*.png"), *root.glob(f"t2i_{split}-*.tar")]:

@@ -60,14 +60,20 @@ Pixels = np.ndarray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Glyphs:
-    """Handwritten digits: `images` is `n 8 8` float32 in [0, 1], `labels` is `n`, `index` their place in `load_digits`."""
+    """Handwritten digits: `images` is `n 8 8` float32 in [0, 1], `labels` is `n`, `index` their place in `load_digits`.
+
+    With `jitter` they are turned and stretched a little, differently each time: twelve hundred glyphs are few to learn from.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     index: np.ndarray
+    jitter: bool = False
 
-    def take(self, places: np.ndarray) -> "Glyphs":
-        return Glyphs(images=self.images[places], labels=self.labels[places], index=self.index[places])
+    def take(self, places: np.ndarray, *, jitter: bool = False) -> "Glyphs":
+        return Glyphs(
+            images=self.images[places], labels=self.labels[places], index=self.index[places], jitter=jitter
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,11 +154,15 @@ def mask_of(digit: Digit) -> np.ndarray:
     return mask
 
 
-def glyph_alpha(image: np.ndarray, size: int) -> np.ndarray:
-    """An 8x8 glyph enlarged to a tile of `size` pixels and cut to the bounds of what is visible: `h w` float32 in [0, 1]."""
+def glyph_alpha(image: np.ndarray, size: int, turn: float = 0.0, stretch: float = 1.0) -> np.ndarray:
+    """An 8x8 glyph enlarged to a tile of `size` pixels and cut to the bounds of what is visible: `h w` float32 in [0, 1].
+
+    `turn` is in degrees, `stretch` the width over the height it would have.
+    """
     padded = Image.fromarray(np.pad(image, 1).astype(np.float32))  # the strokes reach the tile's edge
-    side = round(size * 10 / 8)
-    smooth = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC))
+    side = size * 10 / 8
+    large = padded.resize((round(side * stretch**0.5), round(side / stretch**0.5)), Image.Resampling.BICUBIC)
+    smooth = np.asarray(large.rotate(turn, Image.Resampling.BICUBIC) if turn else large)
     alpha = np.clip((smooth - 0.2) / 0.65, 0.0, 1.0)
     rows, columns = np.nonzero((alpha >= VISIBLE).any(1))[0], np.nonzero((alpha >= VISIBLE).any(0))[0]
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -260,7 +270,9 @@ def place(rng: np.random.Generator, glyphs: Glyphs, count: int, sizes: tuple[int
 def _random_digit(rng: np.random.Generator, glyphs: Glyphs, sizes: tuple[int, int]) -> Digit:
     value = int(rng.integers(10))
     glyph = int(rng.choice(np.flatnonzero(glyphs.labels == value)))
-    alpha = glyph_alpha(glyphs.images[glyph], int(rng.integers(sizes[0], sizes[1] + 1)))
+    size = int(rng.integers(sizes[0], sizes[1] + 1))
+    turn, stretch = (rng.uniform(-12, 12), rng.uniform(0.85, 1.18)) if glyphs.jitter else (0.0, 1.0)
+    alpha = glyph_alpha(glyphs.images[glyph], size, turn, stretch)
     h, w = alpha.shape
     x, y = int(rng.integers(0, SIDE - w + 1)), int(rng.integers(0, SIDE - h + 1))
     return Digit(
