@@ -54,6 +54,14 @@ class Stage:
     writes: tuple[str, ...] = ()
 
 
+SMOKE: Mapping[str, str] = {
+    "data": "--train_scenes 60 --val_scenes 4 --test_scenes 4",
+    "autoencoder": "--total_steps 10",
+    "vision_tower": "--total_steps 10",
+    "training": "--total_steps 8 --warmup_steps 2 --save_every 4 --log_every 2",
+}
+"""What --smoke adds to the stages: everything is done, nothing is learnt."""
+
 EVALUATE = (
     "{python} -m inference_pipeline.evaluate --model_path {run}/results_dir/model --model_id quickstart-seed{seed} "
     "--data_dir {run}/data --output_dir {run} --seed {seed}"
@@ -67,7 +75,8 @@ def stages(nproc: int) -> tuple[Stage, ...]:
             name="data",
             steps=(
                 (
-                    "{python} scripts/data/make_quickstart.py --output_dir {run}/data --seed {seed} --workers {nproc}",
+                    "{python} scripts/data/make_quickstart.py --output_dir {run}/data --seed {seed} --workers {nproc} "
+                    "{small_data}",
                 ),
                 (
                     "{python} scripts/data/make_quickstart_model.py --data_dir {run}/data --output_dir {run}/base",
@@ -80,7 +89,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
             steps=(
                 (
                     "{torchrun} train/main_autoencoder.py --image_dir {run}/data/train/images "
-                    "--val_dir {run}/data/val/images --output_dir {run}/base --seed {seed}",
+                    "--val_dir {run}/data/val/images --output_dir {run}/base --seed {seed} {small_autoencoder}",
                 ),
             ),
             writes=("base/ae.safetensors", "base/ae_config.json", "base/ae_log.jsonl"),
@@ -91,7 +100,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                 (
                     "{torchrun} train/main_siglip.py --coco_path {run}/data/refer_train.json "
                     "--val_coco_path {run}/data/refer_val.json --data_dir {run}/data --output_dir {run}/base "
-                    "--seed {seed}",
+                    "--seed {seed} {small_vision_tower}",
                 ),
             ),
             writes=("base/vit_model.safetensors", "base/vit_log.jsonl"),
@@ -103,7 +112,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                     "{torchrun} train/main.py --config configs/quickstart_run.yaml "
                     "--dataset_config_file configs/quickstart.yaml --model_path {run}/base --vit_path {run}/base "
                     "--results_dir {run}/results_dir --checkpoint_dir {run}/checkpoints "
-                    "--global_seed {seed} --auto_resume True",
+                    "--global_seed {seed} --auto_resume True {small_training}",
                 ),
             ),
             reads=("configs/quickstart_run.yaml", "configs/quickstart.yaml"),
@@ -137,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nproc", type=int, default=2, help="processes for training and evaluation")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a minute's walk through all stages, to see them work"
+    )
     args = parser.parse_args(argv)
     if args.nproc < 1:
         parser.error(f"--nproc must be at least 1, not {args.nproc}")
@@ -147,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": str(args.seed),
         "nproc": str(args.nproc),
         "python": python,
+        **{f"small_{stage}": flags if args.smoke else "" for stage, flags in SMOKE.items()},
         "torchrun": f"{python} -m torch.distributed.run --standalone --nproc_per_node={args.nproc}",
     }
     try:

@@ -1,7 +1,7 @@
 """A convolutional stem beside the linear patch embedding: an option for small models that learn to see from nothing.
 
 A linear embedding sees a shape differently at every offset to the patch grid; learning that takes more pictures than a small run
-has (docs/architecture.md has the figures). Published checkpoints have no stem, and none is built for them.
+has. Published checkpoints have no stem, and none is built for them.
 """
 
 import torch

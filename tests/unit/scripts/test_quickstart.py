@@ -68,6 +68,7 @@ def test_a_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path):
 
 def test_every_command_of_the_table_can_be_filled_in(tmp_path):
     places = {"run": str(tmp_path), "seed": "0", "nproc": "2", "python": "python", "torchrun": "torchrun"}
+    places |= {f"small_{stage}": "" for stage in quickstart.SMOKE}
     for stage in (*quickstart.stages(2), quickstart.REPORT):
         for step in stage.steps:
             for command in step:
