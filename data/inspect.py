@@ -29,7 +29,7 @@ SEEN = (198, 208, 226)
 """What a query sees of the splits before its own."""
 
 HEADER = ("tokens", "positions", "kind", "", "content")
-WIDTHS = (13, 11, 12, 12)
+WIDTHS = (13, 11, 18, 12)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,29 +91,31 @@ def pack_lines(
         origin = sample.origin
         place = f"group {origin.group}, position {origin.position}, {origin.where}"
         yield f"-- sample {i}: {sample.task} ({length} tokens) -- {place}"
-        yield from _sample_lines(sample, start, plan.layout, plan.special, tokenizer)
+        yield from _sample_lines(sample, start, batch, plan.layout, plan.special, tokenizer)
         start += length
     yield _totals(batch)
 
 
 def _sample_lines(
-    sample: Sample, start: int, layout: LayoutSpec, special: SpecialTokens, tokenizer: Tokenizer
+    sample: Sample,
+    start: int,
+    batch: PackedBatch,
+    layout: LayoutSpec,
+    special: SpecialTokens,
+    tokenizer: Tokenizer,
 ) -> Iterator[str]:
-    counter = 0
     for place, segment in enumerate(sample.segments):
         laid = lay_out(segment, layout, special)
         tokens = f"{start}-{start + laid.length - 1}" if laid.length else "-"
-        low, high = (
-            (counter + int(v) for v in (laid.position.min(), laid.position.max())) if laid.length else (0, 0)
-        )
-        positions = "-" if not laid.length else str(low) if low == high else f"{low}-{high}"
+        position = batch.position[start : start + laid.length].tolist()
+        positions = "-".join(str(p) for p in dict.fromkeys((position[0], position[-1]))) if position else "-"
         role = "dropped" if segment.dropped else "supervised" if segment.supervised else ""
-        yield _row((tokens, positions, segment.kind, role, _content(segment, laid.patch_hw, tokenizer)))
+        kind = f"{segment.kind}, branch {segment.branch}" if segment.branch else segment.kind
+        yield _row((tokens, positions, kind, role, _content(segment, laid.patch_hw, tokenizer)))
         for region in sample.regions:
             if region.segment == place:
                 yield _row(("", "", "", "", _region(region, start + laid.id_offset + region.token)))
         start += laid.length
-        counter += laid.advance
 
 
 def _content(segment: Segment, patch_hw: tuple[int, int], tokenizer: Tokenizer) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 class SiglipConfig:
     """Sizes of the tower; names as in `vit_config.json`. `num_hidden_layers` counts the layers that are really built.
 
-    `stem_width` is ours: channels of a convolutional stem whose output is added to the linear patch embedding; 0, as published: none.
+    `stem_width` is ours: channels of a convolutional stem whose output is added to the linear patch embedding; 0, as published:
+    none.
     """
 
     hidden_size: int
