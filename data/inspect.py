@@ -7,6 +7,7 @@ Reads the mixture and the configuration and tokenizer of a model directory; need
 
 import argparse
 import itertools
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file = args.out if args.packs == 1 else args.out.with_stem(f"{args.out.stem}-{number}")
                 attention_picture(batch).save(file)
                 sys.stdout.write(f"attention pattern: {file}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as e:
         sys.stderr.write(f"error: {e}\n")
         return 1

@@ -283,15 +283,17 @@ def pin_settings(args: argparse.Namespace) -> Settings:
     """How the run is made, kept in evaluation_settings.json: rows made in two ways must not meet in one results file.
 
     Raises:
-        ValueError: if --output_dir holds rows that were made otherwise, naming the first difference.
+        ValueError: if the weights are not there, or --output_dir holds rows that were made otherwise, naming the first difference.
     """
     where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "device"}
     weights = args.model_path / f"{args.weights}.safetensors"
+    if not weights.is_file():  # settings pinned without them would refuse the corrected command
+        raise ValueError(f"{weights}: no weights here; --model_path must name a trained or exported model")
     settings = {
         **{name: value for name, value in sorted(vars(args).items()) if name not in where},
         "model_id": args.model_id or args.model_path.resolve().name,
         "cfg_interval": list(args.cfg_interval),
-        "weights_modified": weights.stat().st_mtime_ns if weights.exists() else 0,
+        "weights_modified": weights.stat().st_mtime_ns,
     }
     file = args.output_dir / "evaluation_settings.json"
     if file.exists():

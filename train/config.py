@@ -431,7 +431,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train/main.py",
         allow_abbrev=False,  # half a flag is a typing error, and would change its meaning when flags are added
-        usage="torchrun --nproc_per_node=N %(prog)s --dataset_config_file FILE [--config FILE] [--flag value ...]",
+        usage="torchrun --standalone --nproc_per_node=N %(prog)s --dataset_config_file FILE [--config FILE] [--flag value ...]",
         description="Train one model that reads, answers, draws, points and segments.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=120),
     )

@@ -1,4 +1,4 @@
-"""Train: `torchrun --nproc_per_node=N train/main.py --dataset_config_file MIXTURE.yaml --model_path DIR …` (see `--help`).
+"""Train: `torchrun --standalone --nproc_per_node=N train/main.py --dataset_config_file MIXTURE.yaml --model_path DIR …` (see `--help`).
 
 Reads as the table of contents of a training run.
 """

@@ -5,7 +5,7 @@ progress line, the last one the result). With the scaling in the config, the lat
 pictures, every channel the same variance. Any number of processes gives the same training, up to rounding: `--batch_size` is
 the global batch.
 
-    torchrun --nproc_per_node=2 train/main_autoencoder.py --image_dir runs/quickstart/data/train/images \
+    torchrun --standalone --nproc_per_node=2 train/main_autoencoder.py --image_dir runs/quickstart/data/train/images \
         --val_dir runs/quickstart/data/val/images --output_dir runs/quickstart/base
 """
 
