@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 attention_picture(batch).save(file)
                 sys.stdout.write(f"attention pattern: {file}\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered must not fail at exit
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); what is still buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:

@@ -283,7 +283,7 @@ def pin_settings(args: argparse.Namespace) -> Settings:
     """How the run is made, kept in evaluation_settings.json: rows made in two ways must not meet in one results file.
 
     Raises:
-        ValueError: if the weights are not there, or --output_dir holds rows that were made otherwise, naming the first difference.
+        ValueError: if the weights are not there, or --output_dir holds rows that were made otherwise, naming a difference.
     """
     where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "device"}
     weights = args.model_path / f"{args.weights}.safetensors"

@@ -1,6 +1,6 @@
-"""Train: `torchrun --standalone --nproc_per_node=N train/main.py --dataset_config_file MIXTURE.yaml --model_path DIR …` (see `--help`).
+"""Train: `torchrun --standalone --nproc_per_node=N train/main.py --dataset_config_file MIXTURE.yaml --model_path DIR …`.
 
-Reads as the table of contents of a training run.
+Reads as the table of contents of a training run; `--help` lists the flags.
 """
 
 import logging

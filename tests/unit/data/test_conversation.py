@@ -190,6 +190,27 @@ def test_exchanges_with_pictures_of_their_own_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
+    ("turns", "branches"),
+    [
+        ([human("<image><image>\nq0"), gpt("a0"), human("q1"), gpt("a1")], [0, 0, 1, 1, 2, 2]),
+        ([human("<image>"), human("q0"), gpt("a0"), human("q1"), gpt("a1")], [0, 1, 1, 2, 2]),
+        ([human("q0 <image> and?"), gpt("a0"), human("q1"), gpt("a1")], [1, 1, 1, 1, 2, 2]),
+        ([human("<image>q0"), gpt("a0"), human("<image>q1"), gpt("a1")], [0, 1, 1, 2, 2, 2]),
+        ([human("q0"), gpt("a0")], [1, 1]),
+    ],
+)
+def test_independent_exchanges_have_a_branch_each_and_the_pictures_before_them_the_trunk(
+    tokenizer, turns, branches
+):
+    images = [und(i) for i in range(sum(turn.text.count("<image>") for turn in turns))]
+    independent = build_sample(turns, tokenizer, images=images, independent=True, task="t")
+    assert [s.branch for s in independent.segments] == branches
+    together = build_sample(turns, tokenizer, images=images, task="t")
+    assert plan(independent, tokenizer) == plan(together, tokenizer)
+    assert {s.branch for s in together.segments} == {0}
+
+
+@pytest.mark.parametrize(
     "question", ["<image>\nWhich digits are there?", "Which digits are there?", "Compare <image> to nothing."]
 )
 def test_a_prompt_is_the_beginning_of_the_training_sample(tokenizer, question):

@@ -18,7 +18,9 @@ from data.conversation import IMAGE, image_segment, prompt_segments
 from data.dataset_base import DropoutSpec, Record, SkipSample, TaskDataset, finish_sample
 from data.dataset_info import DATASET_REGISTRY
 from data.interleave_datasets.edit import EditDataset
+from data.layout import LayoutSpec
 from data.mixture import load_mixture
+from data.packing import pack
 from data.perception_dataset import ReferDataset
 from data.t2i_dataset import T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
@@ -127,6 +129,12 @@ ROWS = {
         (TextDataset, {}, ["2 + 3", "*5"]),
         (T2iDataset, {}, ["?a red 7", "gen_image:3"]),
         (T2iMessageDataset, {}, ["?Draw.", "*Here:", "gen_image:2"]),
+        (T2iDataset, {"draws": 3}, ["?a red 7", "gen_image:3", "gen_image:3", "gen_image:3"]),
+        (
+            EditDataset,
+            {"draws": 2},
+            ["cond_image:1", "und_image:1", "Paint it.", "*Done.", "gen_image:2", "gen_image:2"],
+        ),
     ],
 )
 def test_plans(tokenizer, dataset_class, options, expected):
@@ -178,6 +186,37 @@ def test_the_prompt_of_an_edit_is_the_beginning_of_its_sample(tokenizer):
     for ours, trained in zip(prompt, sample.segments, strict=False):
         assert ours.kind == trained.kind
         assert torch.equal(ours.ids, trained.ids) and torch.equal(ours.pixels, trained.pixels)
+
+
+@pytest.mark.parametrize("dataset_class", [T2iDataset, EditDataset])
+def test_every_draw_has_its_own_noise_at_the_place_of_the_first(tokenizer, dataset_class):
+    sample = sample_of(make(dataset_class, tokenizer, draws=3), ROWS[dataset_class])
+    sample = finish_sample(sample, np.random.default_rng(0), DropoutSpec(), 1.0)
+    draws = [s for s in sample.segments if s.kind == "gen_image"]
+    assert len({s.timestep for s in draws}) == len({s.noise_seed for s in draws}) == 3
+    assert all(0 < s.timestep < 1 for s in draws)
+    batch = pack([sample], LayoutSpec(vit_patch_size=8, latent_stride=16), tokenizer.special)
+    assert batch.split_modes[-3:] == ("noise",) * 3 and set(batch.split_branches) == {0}
+    first, *others = batch.position[-3 * 6 :].split(6)  # 2 x 2 latent patches between two markers
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dataset_class", [T2iDataset, EditDataset])
+@pytest.mark.parametrize("draws", [0, -1, 1.5, True, "2"])
+def test_draws_has_to_be_a_positive_whole_number(tokenizer, dataset_class, draws):
+    with pytest.raises(ValueError, match=f"draws must be a whole number of at least 1, not {draws!r}"):
+        make(dataset_class, tokenizer, draws=draws)
+
+
+@pytest.mark.parametrize("dataset_class", [VlmDataset, ReferDataset])
+def test_independent_turns_share_the_picture_and_nothing_else(tokenizer, dataset_class):
+    independent = sample_of(make(dataset_class, tokenizer, independent_turns=True), ROWS[dataset_class])
+    together = sample_of(make(dataset_class, tokenizer), ROWS[dataset_class])
+    assert plan(independent, tokenizer) == plan(together, tokenizer)
+    exchanges = (len(together.segments) - 1) // 2
+    branches = [0, *(k for k in range(1, exchanges + 1) for _ in ("question", "answer"))]
+    assert exchanges > 1 and [s.branch for s in independent.segments] == branches
+    assert [r.segment for r in independent.regions] == [r.segment for r in together.regions]
 
 
 def test_llava_rows_mean_the_same(tokenizer):

@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -65,3 +67,16 @@ def test_the_command_prints_a_table_and_writes_the_picture(mixture, capsys):
 def test_the_command_fails_with_one_line(mixture, capsys):
     assert main(["--dataset_config_file", str(mixture), "--model_path", "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("error: nowhere")
+
+
+def test_the_command_ends_quietly_when_nobody_reads_on(mixture, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (
+        monkeypatch.context() as patch,
+        os.fdopen(writer, "w") as pipe,
+    ):  # closing it writes what is still buffered
+        patch.setattr(sys, "stdout", pipe)
+        model = str(mixture.parent / "model")
+        assert main(["--dataset_config_file", str(mixture), "--model_path", model]) == 1
+    assert capsys.readouterr().err == ""

@@ -240,10 +240,36 @@ def test_merging_counts_what_no_part_holds(tmp_path, capsys):
 
 def test_results_made_otherwise_are_not_mixed(tmp_path):
     def arguments(*extra):
-        flags = ["--model_path", "m", "--data_dir", "d", "--output_dir", str(tmp_path)]
+        flags = ["--model_path", str(tmp_path), "--data_dir", "d", "--output_dir", str(tmp_path)]
         return evaluate.parse_args([*flags, *extra])
 
+    (tmp_path / "ema.safetensors").touch()
     evaluate.pin_settings(arguments("--shard", "0", "--num_shards", "2"))
     evaluate.pin_settings(arguments("--shard", "1", "--num_shards", "2"))
     with pytest.raises(ValueError, match="seed 0, now it is 1; remove"):
         evaluate.pin_settings(arguments("--seed", "1"))
+
+
+def test_a_model_directory_without_weights_leaves_nothing_behind_that_refuses_the_right_one(tmp_path, capsys):
+    message = [{"from": "human", "value": "1 + 1"}, {"from": "gpt", "value": "2"}]
+    row = {"main_task_type": "text", "sub_task_type": "sum", "message": message}
+    (tmp_path / "text_test.jsonl").write_text(json.dumps(row) + "\n")
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    flags = [
+        "--model_path",
+        str(model),
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(out),
+        "--tasks",
+        "text",
+    ]
+    assert evaluate.main(flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {model}/ema.safetensors: no weights here")
+    assert not (out / "evaluation_settings.json").exists()
+
+    (model / "ema.safetensors").touch()
+    assert evaluate.pin_settings(evaluate.parse_args(flags))["weights_modified"] > 0
