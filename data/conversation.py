@@ -263,7 +263,8 @@ def _lay_out(
     branch = 0
     for turn in turns:
         targets = iter(turn.targets)
-        opening = independent and turn.role == "human"
+        # An answer to pictures without words opens a branch as a question does.
+        opening = independent and (turn.role == "human" or not branch)
         if opening and branch:
             branch, opening = branch + 1, False
         for part in _parts(turn):

@@ -247,9 +247,9 @@ def train(
         facts = torch.stack(
             [loss.detach(), (logits.argmax(1) == right).sum().float(), logits.new_tensor(len(right))]
         )
-        *grads, facts = summed([*grads, facts])
+        *grads_summed, facts = summed([*grads, facts])
         total, hits, count = facts.tolist()
-        for param, grad in zip(params, grads, strict=True):
+        for param, grad in zip(params, grads_summed, strict=True):
             param.grad = grad / count
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(step / args.total_steps, args.warmup)

@@ -197,6 +197,7 @@ def test_exchanges_with_pictures_of_their_own_stay_as_they_are():
         ([human("q0 <image> and?"), gpt("a0"), human("q1"), gpt("a1")], [1, 1, 1, 1, 2, 2]),
         ([human("<image>q0"), gpt("a0"), human("<image>q1"), gpt("a1")], [0, 1, 1, 2, 2, 2]),
         ([human("q0"), gpt("a0")], [1, 1]),
+        ([human("<image>"), gpt("a0"), human("q1"), gpt("a1")], [0, 1, 2, 2]),
     ],
 )
 def test_independent_exchanges_have_a_branch_each_and_the_pictures_before_them_the_trunk(

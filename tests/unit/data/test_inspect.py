@@ -69,14 +69,14 @@ def test_the_command_fails_with_one_line(mixture, capsys):
     assert capsys.readouterr().err.startswith("error: nowhere")
 
 
-def test_the_command_ends_quietly_when_nobody_reads_on(mixture, monkeypatch, capsys):
+@pytest.mark.parametrize("tokens", [40, 4000], ids=["all is still buffered", "some was written"])
+def test_the_command_ends_quietly_when_nobody_reads_on(mixture, monkeypatch, capsys, tokens):
     reader, writer = os.pipe()
     os.close(reader)
-    with (
-        monkeypatch.context() as patch,
-        os.fdopen(writer, "w") as pipe,
-    ):  # closing it writes what is still buffered
+    command = ["--dataset_config_file", str(mixture), "--model_path", str(mixture.parent / "model")]
+    budget = ["--expected_num_tokens", str(tokens - 10), "--max_num_tokens", str(tokens)]
+    # Closing the pipe writes what is still buffered, as the end of a process does.
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
         patch.setattr(sys, "stdout", pipe)
-        model = str(mixture.parent / "model")
-        assert main(["--dataset_config_file", str(mixture), "--model_path", model]) == 1
+        assert main([*command, *budget]) == 1
     assert capsys.readouterr().err == ""
