@@ -31,7 +31,6 @@ class BagelConfig:
     vit_max_num_patch_per_side: int = 70
     connector_act: str = "gelu_pytorch_tanh"
     interpolate_pos: bool = False
-    timestep_shift: float = 1.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head_reads: Literal["self", "previous"] = "self"
 

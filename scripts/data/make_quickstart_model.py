@@ -61,7 +61,6 @@ BAGEL: dict[str, Any] = {
     "vit_max_num_patch_per_side": 8,
     "connector_act": "gelu_pytorch_tanh",
     "interpolate_pos": False,
-    "timestep_shift": 1.0,
     "head_reads": "self",
     "heads": {"box": {"width": 96}, "mask": {"channels": 16}},
 }

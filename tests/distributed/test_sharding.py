@@ -65,9 +65,7 @@ def test_gradients_are_those_of_one_process(
     (grads, norm), *others = run_distributed(gradients, num_ranks, flags, accumulate)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(
-            grad, expected[name], rtol=1e-5, atol=1e-7, msg=name
-        )  # worst measured: 5e-8 absolute
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
     expected_norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
     assert norm == pytest.approx(expected_norm, rel=1e-6)
     assert all(other_norm == norm for _, other_norm in others)
