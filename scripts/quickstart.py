@@ -64,7 +64,7 @@ SMOKE: Mapping[str, str] = {
 
 EVALUATE = (
     "{python} -m inference_pipeline.evaluate --model_path {run}/results_dir/model --model_id quickstart-seed{seed} "
-    "--data_dir {run}/data --output_dir {run} --seed {seed}"
+    "--data_dir {run}/data --output_dir {run} --seed {seed} --timestep_shift 5"
 )
 
 

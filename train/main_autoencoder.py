@@ -148,7 +148,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--z_channels", type=int, default=16)
     size.add_argument("--num_groups", type=int, default=4, help="groups of every GroupNorm; divides --ch")
     how = parser.add_argument_group("training (see Recipe)")
-    how.add_argument("--total_steps", type=int, default=900)
+    how.add_argument("--total_steps", type=int, default=1300)
     how.add_argument("--minutes", type=float, default=0.0, help="follow the clock instead of --total_steps")
     how.add_argument("--batch_size", type=int, default=16, help="pictures per step over all processes")
     how.add_argument("--lr", type=float, default=2e-3)

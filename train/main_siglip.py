@@ -172,9 +172,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path", type=Path, help="directory with the configurations (default: --output_dir)"
     )
-    parser.add_argument("--total_steps", type=int, default=1200)
+    parser.add_argument("--total_steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=32, help="pictures per step over all processes")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the run")
     parser.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,20 +11,30 @@ from modeling.types import FeatureGrids, HeadOutput
 
 
 class MaskHead(nn.Module):
-    """A dot product of the anchor's state with fine features of the picture.
+    """Which patches are meant, plus which pixels in them: two dot products with the anchor's state, added as logits.
 
-    The fine features, at `stride` pixels, come from the grid (each patch unfolds into its cells) and from a shallow look
-    at the pixels, which carries the edges that the tower's last layer has smoothed away.
+    The first is with the grid's own features, wide enough to tell any two things apart. The second is with few fine features, at
+    `stride` pixels, which come from the grid (each patch unfolds into its cells) and from a shallow look at the pixels: it
+    carries the edges that the tower's last layer has smoothed away.
     """
 
     def __init__(
-        self, *, hidden_size: int, grid_size: int, patch_size: int, channels: int = 24, stride: int = 2
+        self,
+        *,
+        hidden_size: int,
+        grid_size: int,
+        patch_size: int,
+        width: int = 128,
+        channels: int = 24,
+        stride: int = 2,
     ):
         super().__init__()
         if patch_size % stride:
             raise ValueError(f"mask head: stride {stride} does not divide the patch size {patch_size}")
         self.stride = stride
         self.cells = patch_size // stride
+        self.meant = nn.Linear(hidden_size, width)
+        self.key = nn.Linear(grid_size, width)
         self.unfold = nn.Linear(grid_size, self.cells**2 * channels)
         self.look = nn.Conv2d(3, channels, stride + 1, stride=stride, padding=stride // 2)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
@@ -40,13 +50,15 @@ class MaskHead(nn.Module):
             image: `r`, which image each is about.
             grids: features of all images.
         """
-        query = self.query(hidden)
+        query, meant = self.query(hidden), self.meant(hidden)
         logits: list[tuple[int, Tensor]] = []
         for at, features, pixels, which in regions_by_size(grids, image):
             fine = self._fine(features, pixels)
             q = query[at]
-            coarse = torch.einsum("kc,kchw->khw", q[:, 1:], fine[which]) + q[:, :1, None]
-            full = F.interpolate(coarse[:, None].float(), scale_factor=self.stride, mode="bilinear")[:, 0]
+            which_pixels = torch.einsum("kc,kchw->khw", q[:, 1:], fine[which]) + q[:, :1, None]
+            keys = self.key(features)[which]
+            which_patches = torch.einsum("kd,khwd->khw", meant[at], keys) * keys.shape[-1] ** -0.5
+            full = _enlarged(which_pixels, self.stride) + _enlarged(which_patches, self.stride * self.cells)
             logits += zip(at.tolist(), full.unbind(), strict=True)
         logits.sort(key=lambda pair: pair[0])
         flat = [x.flatten() for _, x in logits] or [full.flatten()]
@@ -61,3 +73,8 @@ class MaskHead(nn.Module):
         seen = self.look(normalise_pixels(pixels).to(unfolded.dtype))
         # An odd kernel on an even stride: the look has one cell per stride, as the unfolded grid has.
         return self.mix(F.gelu(unfolded + seen))
+
+
+def _enlarged(logits: Tensor, times: int) -> Tensor:
+    """`k h w` to `times` that size, in float32."""
+    return F.interpolate(logits[:, None].float(), scale_factor=times, mode="bilinear")[:, 0]

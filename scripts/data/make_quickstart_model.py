@@ -53,7 +53,7 @@ VIT: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
     "rope": False,
-    "stem_width": 64,
+    "stem_width": 96,
 }
 BAGEL: dict[str, Any] = {
     "latent_patch_size": 2,
@@ -62,7 +62,7 @@ BAGEL: dict[str, Any] = {
     "connector_act": "gelu_pytorch_tanh",
     "interpolate_pos": False,
     "head_reads": "self",
-    "heads": {"box": {"width": 96}, "mask": {"channels": 16}},
+    "heads": {"box": {"width": 96}, "mask": {"width": 96, "channels": 16}},
 }
 
 PREPROCESSOR: dict[str, Any] = {

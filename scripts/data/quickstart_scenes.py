@@ -24,11 +24,9 @@ MIN_STEP = 4
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 40, 40),
-    "orange": (250, 135, 20),
     "yellow": (245, 230, 45),
     "green": (45, 205, 70),
     "blue": (50, 105, 255),
-    "purple": (185, 65, 235),
 }
 BRIGHTNESS = (0.85, 1.0)
 PLAIN: dict[str, tuple[int, int, int]] = {
@@ -52,6 +50,22 @@ PHOTOGRAPHS = (
     "moon",
 )
 """Those that are installed with scikit-image; the others of `skimage.data` would be downloaded."""
+PLACES = (
+    "at the top left",
+    "at the top",
+    "at the top right",
+    "at the left",
+    "in the centre",
+    "at the right",
+    "at the bottom left",
+    "at the bottom",
+    "at the bottom right",
+)
+"""What captions call the nine parts of a picture, row by row."""
+NEAR = 1
+"""A digit is at most so many pixels off its place in either direction."""
+SIZES = {"small": (23, 25), "large": (31, 33)}
+"""What captions call a digit whose glyph is enlarged to so many pixels."""
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Pixels = np.ndarray
@@ -154,16 +168,44 @@ def mask_of(digit: Digit) -> np.ndarray:
     return mask
 
 
-def glyph_alpha(image: np.ndarray, size: int, turn: float = 0.0, stretch: float = 1.0) -> np.ndarray:
-    """An 8x8 glyph enlarged to a tile of `size` pixels and cut to the bounds of what is visible: `h w` float32 in [0, 1].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hand:
+    """How a glyph is written: turned by `turn` degrees, `stretch` times as wide as high as it would be, sheared by `slant`;
+    `ink` says from which gray level to which the stroke's edge runs (a lower one makes a bolder stroke)."""
 
-    `turn` is in degrees, `stretch` the width over the height it would have.
-    """
+    turn: float = 0.0
+    stretch: float = 1.0
+    slant: float = 0.0
+    ink: tuple[float, float] = (0.2, 0.85)
+
+    @staticmethod
+    def any(rng: np.random.Generator) -> "Hand":
+        """A little different each time."""
+        low = rng.uniform(0.1, 0.3)
+        return Hand(
+            turn=rng.uniform(-12, 12),
+            stretch=rng.uniform(0.8, 1.25),
+            slant=rng.uniform(-0.15, 0.15),
+            ink=(low, low + rng.uniform(0.5, 0.8)),
+        )
+
+
+AS_WRITTEN = Hand()
+
+
+def glyph_alpha(image: np.ndarray, size: int, hand: Hand = AS_WRITTEN) -> np.ndarray:
+    """An 8x8 glyph enlarged to a tile of `size` pixels and cut to the bounds of what is visible: `h w` float32 in [0, 1]."""
     padded = Image.fromarray(np.pad(image, 1).astype(np.float32))  # the strokes reach the tile's edge
     side = size * 10 / 8
-    large = padded.resize((round(side * stretch**0.5), round(side / stretch**0.5)), Image.Resampling.BICUBIC)
-    smooth = np.asarray(large.rotate(turn, Image.Resampling.BICUBIC) if turn else large)
-    alpha = np.clip((smooth - 0.2) / 0.65, 0.0, 1.0)
+    w, h = round(side * hand.stretch**0.5), round(side / hand.stretch**0.5)
+    large = padded.resize((w, h), Image.Resampling.BICUBIC)
+    if hand.turn:
+        large = large.rotate(hand.turn, Image.Resampling.BICUBIC)
+    if hand.slant:
+        lean = (1, hand.slant, -hand.slant * h / 2, 0, 1, 0)
+        large = large.transform((w, h), Image.Transform.AFFINE, lean, Image.Resampling.BICUBIC)
+    low, high = hand.ink
+    alpha = np.clip((np.asarray(large) - low) / (high - low), 0.0, 1.0)
     rows, columns = np.nonzero((alpha >= VISIBLE).any(1))[0], np.nonzero((alpha >= VISIBLE).any(0))[0]
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -233,26 +275,35 @@ def compose(rng: np.random.Generator, glyphs: Glyphs, photographs: dict[str, np.
     return Scene(digits=place(rng, glyphs, count, (16, 26)), background=background, background_name=name)
 
 
-def compose_for_caption(rng: np.random.Generator, glyphs: Glyphs) -> tuple[Scene, str, str]:
-    """A scene to be drawn from its caption: (scene, caption, relation).
+def compose_for_caption(rng: np.random.Generator, glyphs: Glyphs) -> tuple[Scene, str, list[str]]:
+    """A scene to be drawn from its caption: (scene, caption, where each digit stands).
 
-    Six in ten show one digit of 20 to 34 pixels, the others two of 18 to 26. The background is plain or a gradient; a plain
-    one is named by three captions in four.
+    Six in ten show one digit, the others two; the caption says how large they are and where they stand. The background is
+    plain or a gradient; a plain one is named by three captions in four.
     """
     if rng.random() < 0.8:
         background, name = plain_background(rng)
         suffix = f" on {name}" if rng.random() < 0.75 else ""
     else:
         background, name, suffix = gradient_background(rng), "gradient", ""
-    if rng.random() < 0.6:
-        digits = place(rng, glyphs, 1, (20, 34))
-        caption, relation = _with_article(digits[0].name), ""
-    else:
-        digits = place(rng, glyphs, 2, (18, 26))
-        relation, first, second = _relation(*digits)
-        caption = f"{_with_article(first.name)} {relation} {_with_article(second.name)}"
+    placed = place_by_name(rng, glyphs, 1 if rng.random() < 0.6 else 2)
+    caption = " and ".join(f"a {size} {digit.name} {where}" for digit, size, where in placed)
+    digits = tuple(sorted((d for d, _, _ in placed), key=lambda d: d.centre[0]))
     scene = Scene(digits=digits, background=background, background_name=name)
-    return scene, caption + suffix, relation
+    return scene, caption + suffix, [where for _, _, where in placed]
+
+
+def place_by_name(rng: np.random.Generator, glyphs: Glyphs, count: int) -> list[tuple[Digit, str, str]]:
+    """`count` digits without overlap, each with its size and its place in words, in the order of a caption."""
+    while True:
+        placed: list[tuple[Digit, str, str]] = []
+        for cell in rng.choice(len(PLACES), count, replace=False).tolist():
+            size = str(rng.choice(list(SIZES)))
+            digit = _random_digit(rng, glyphs, SIZES[size], at=(cell % 3, cell // 3))
+            if all(_apart(digit, d, step=0) for d, _, _ in placed):
+                placed.append((digit, size, PLACES[cell]))
+        if len(placed) == count:
+            return placed
 
 
 def place(rng: np.random.Generator, glyphs: Glyphs, count: int, sizes: tuple[int, int]) -> tuple[Digit, ...]:
@@ -267,14 +318,22 @@ def place(rng: np.random.Generator, glyphs: Glyphs, count: int, sizes: tuple[int
                 return tuple(sorted(digits, key=lambda d: d.centre[0]))
 
 
-def _random_digit(rng: np.random.Generator, glyphs: Glyphs, sizes: tuple[int, int]) -> Digit:
+def _random_digit(
+    rng: np.random.Generator, glyphs: Glyphs, sizes: tuple[int, int], at: tuple[int, int] | None = None
+) -> Digit:
+    """Anywhere, or within `NEAR` pixels of column and row `at` of `PLACES`."""
     value = int(rng.integers(10))
     glyph = int(rng.choice(np.flatnonzero(glyphs.labels == value)))
     size = int(rng.integers(sizes[0], sizes[1] + 1))
-    turn, stretch = (rng.uniform(-12, 12), rng.uniform(0.85, 1.18)) if glyphs.jitter else (0.0, 1.0)
-    alpha = glyph_alpha(glyphs.images[glyph], size, turn, stretch)
+    alpha = glyph_alpha(glyphs.images[glyph], size, Hand.any(rng) if glyphs.jitter else AS_WRITTEN)
     h, w = alpha.shape
     x, y = int(rng.integers(0, SIDE - w + 1)), int(rng.integers(0, SIDE - h + 1))
+    if at is not None:
+        off = rng.integers(-NEAR, NEAR + 1, 2)
+        x, y = (
+            int(np.clip(cell * (SIDE - n) / 2 + d, 0, SIDE - n))
+            for cell, n, d in zip(at, (w, h), off, strict=True)
+        )
     return Digit(
         value=value,
         colour=str(rng.choice(list(COLOURS))),
@@ -285,24 +344,12 @@ def _random_digit(rng: np.random.Generator, glyphs: Glyphs, sizes: tuple[int, in
     )
 
 
-def _apart(a: Digit, b: Digit) -> bool:
-    if (a.value, a.colour) == (b.value, b.colour) or abs(a.centre[0] - b.centre[0]) < MIN_STEP:
+def _apart(a: Digit, b: Digit, step: float = MIN_STEP) -> bool:
+    if (a.value, a.colour) == (b.value, b.colour) or abs(a.centre[0] - b.centre[0]) < step:
         return False
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
     gap = max(bx0 - ax1, ax0 - bx1, by0 - ay1, ay0 - by1)
     return gap >= MARGIN
-
-
-def _relation(left: Digit, right: Digit) -> tuple[str, Digit, Digit]:
-    """How two digits stand to each other, along the axis on which they are further apart."""
-    dx, dy = right.centre[0] - left.centre[0], right.centre[1] - left.centre[1]
-    if dx >= abs(dy):
-        return "left of", left, right
-    return ("above", left, right) if dy > 0 else ("above", right, left)
-
-
-def _with_article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
 
 
 # ------------------------------------------------------------------------------------------------------- what can be said
