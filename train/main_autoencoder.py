@@ -145,7 +145,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="width of each level in multiples of --ch",
     )
     size.add_argument("--num_res_blocks", type=int, default=1)
-    size.add_argument("--z_channels", type=int, default=16)
+    size.add_argument("--z_channels", type=int, default=8)
     size.add_argument("--num_groups", type=int, default=4, help="groups of every GroupNorm; divides --ch")
     how = parser.add_argument_group("training (see Recipe)")
     how.add_argument("--total_steps", type=int, default=1300)

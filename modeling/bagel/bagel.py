@@ -15,7 +15,7 @@ from modeling.ops.attention import AttentionPlan, packed_attention
 from modeling.ops.patch import normalise_pixels
 from modeling.qwen2.layers import Attend
 from modeling.qwen2.model import Qwen2ForCausalLM
-from modeling.qwen2.mot import Routing, Rows
+from modeling.qwen2.mot import Routing, Rows, filled
 from modeling.siglip.model import SiglipVisionModel
 from modeling.types import FeatureGrids, HeadOutput, ModelOutput
 
@@ -66,8 +66,8 @@ class Bagel(nn.Module):
         hidden = routing.pack(rows)
         return ModelOutput(
             hidden=hidden,
-            logits=self.language_model.lm_head(hidden[batch.label_index]),
-            velocity=self.llm2vae(rows.gen),
+            logits=self.language_model.lm_head(hidden[filled(batch.label_index)])[: len(batch.label_index)],
+            velocity=self.llm2vae(rows.gen)[: len(noised)],
             grids=grids,
             heads={name: self._perceive(name, hidden, batch, grids) for name in self.heads},
         )
@@ -95,8 +95,8 @@ class Bagel(nn.Module):
         # Text and patches are written into the understanding rows, which are in packed order without the latent patches.
         und = text.new_zeros(batch.num_tokens, text.shape[1])
         und = und.index_copy(0, batch.text_index, text).index_copy(0, batch.und_index, seen.to(text.dtype))
-        gen = self.vae2llm(noised.to(text.dtype)) + self.time_embedder(batch.gen_timestep)
-        return Rows(und.index_select(0, routing.und), gen + self.latent_pos_embed(batch.gen_position))
+        gen = self.vae2llm(filled(noised.to(text.dtype))) + self.time_embedder(filled(batch.gen_timestep))
+        return Rows(und.index_select(0, routing.und), gen + self.latent_pos_embed(filled(batch.gen_position)))
 
     def _perceive(self, name: str, hidden: Tensor, batch: PackedBatch, grids: FeatureGrids) -> HeadOutput:
         region = batch.regions.get(name)

@@ -94,7 +94,7 @@ class AttentionPlan:
             elif length:
                 long += _long_sample(start, parts, device)
             start += length
-        buckets = tuple(_bucket(samples, device) for _, samples in sorted(short.items()))
+        buckets = tuple(_bucket(samples, length, device) for length, samples in sorted(short.items()))
         order = [b.index.flatten()[b.rows] for b in buckets]
         order += [torch.arange(s.start, s.stop, device=device) for s in long]
         scatter = torch.empty(start, dtype=torch.int64, device=device)
@@ -103,10 +103,10 @@ class AttentionPlan:
         return AttentionPlan(buckets, tuple(long), scatter, start)
 
 
-def _bucket(samples: list[tuple[int, list[_Part]]], device: torch.device) -> _Bucket:
+def _bucket(samples: list[tuple[int, list[_Part]]], n: int, device: torch.device) -> _Bucket:
     lengths = torch.tensor([sum(p.length for p in parts) for _, parts in samples])
     starts = torch.tensor([s for s, _ in samples])
-    b, n = len(samples), int(lengths.max())
+    b = len(samples)
     place = torch.arange(n)
     valid = place[None] < lengths[:, None]
     if all(len(parts) == 1 and parts[0].mode != "causal" for _, parts in samples) and bool(valid.all()):

@@ -1,21 +1,24 @@
 """Expert routing: every token goes through the `und` or the `gen` copy of a module.
 
 The two kinds of tokens are kept apart from embedding to final norm, so routing costs no gather; they meet, in packed
-order, only inside attention.
+order, only inside attention. On a CPU each kind is filled up to a multiple of `BLOCK` rows that nobody reads: its matrix kernels are
+compiled per shape, and no two packs have the same number of tokens of a kind.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+BLOCK = 128
 GEN = "_moe_gen"
 """Suffix of the generation copy of a module, as in the published checkpoints."""
 
 
 class Rows(NamedTuple):
-    """The pack's tokens by expert: `und` `u d` (text, markers, ViT patches), `gen` `l d` (latent patches)."""
+    """The pack's tokens by expert: `und` `u d` (text, markers, ViT patches), `gen` `l d` (latent patches); see `filled`."""
 
     und: Tensor
     gen: Tensor
@@ -26,7 +29,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Places of each expert's tokens in the packed sequence. `und` `u`, `gen` `l`; `merge` `s`: order of `cat(und, gen)`."""
+    """Places of each expert's tokens in the packed sequence, filled up. `und` `u`, `gen` `l`; `merge` `s`: order of `cat(und, gen)`."""
 
     und: Tensor
     gen: Tensor
@@ -38,10 +41,11 @@ class Routing:
         is_und = torch.ones(num_tokens, dtype=torch.bool, device=gen_index.device)
         is_und[gen_index] = False
         und = is_und.nonzero().flatten()
-        order = torch.cat([und, gen_index])
-        merge = torch.empty_like(order)
-        merge[order] = torch.arange(num_tokens, device=order.device)
-        return Routing(und, gen_index, merge)
+        und_filled, gen_filled = filled(und), filled(gen_index)
+        merge = torch.empty(num_tokens, dtype=torch.int64, device=und.device)
+        merge[und] = torch.arange(len(und), device=und.device)
+        merge[gen_index] = torch.arange(len(gen_index), device=und.device) + len(und_filled)
+        return Routing(und_filled, gen_filled, merge)
 
     def pack(self, rows: Rows) -> Tensor:
         """Rows by expert -> packed order, `s …`."""
@@ -50,6 +54,13 @@ class Routing:
     def split(self, packed: Tensor) -> Rows:
         """Packed order -> rows by expert."""
         return Rows(packed.index_select(0, self.und), packed.index_select(0, self.gen))
+
+
+def filled(rows: Tensor) -> Tensor:
+    """Append zero rows up to a multiple of `BLOCK`, on a CPU and from one block on (few rows are cheap as they are)."""
+    if rows.device.type != "cpu" or len(rows) < BLOCK:
+        return rows
+    return F.pad(rows, [0, 0] * (rows.ndim - 1) + [0, -len(rows) % BLOCK])
 
 
 class Routed(nn.Module):

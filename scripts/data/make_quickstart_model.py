@@ -53,7 +53,7 @@ VIT: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
     "rope": False,
-    "stem_width": 96,
+    "stem_width": 64,
 }
 BAGEL: dict[str, Any] = {
     "latent_patch_size": 2,

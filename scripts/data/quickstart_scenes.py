@@ -61,9 +61,9 @@ PLACES = (
     "at the bottom",
     "at the bottom right",
 )
-"""What captions call the nine parts of a picture, row by row."""
+"""What captions call the nine points at a quarter, half and three quarters of each side, row by row."""
 NEAR = 1
-"""A digit is at most so many pixels off its place in either direction."""
+"""The middle of a digit is at most so many pixels off its place in either direction, unless it would be cut off."""
 SIZES = {"small": (23, 25), "large": (31, 33)}
 """What captions call a digit whose glyph is enlarged to so many pixels."""
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -76,7 +76,7 @@ Pixels = np.ndarray
 class Glyphs:
     """Handwritten digits: `images` is `n 8 8` float32 in [0, 1], `labels` is `n`, `index` their place in `load_digits`.
 
-    With `jitter` they are turned and stretched a little, differently each time: twelve hundred glyphs are few to learn from.
+    With `jitter` each is written a little differently each time (`Hand`): twelve hundred glyphs are few to learn from.
     """
 
     images: np.ndarray
@@ -278,7 +278,7 @@ def compose(rng: np.random.Generator, glyphs: Glyphs, photographs: dict[str, np.
 def compose_for_caption(rng: np.random.Generator, glyphs: Glyphs) -> tuple[Scene, str, list[str]]:
     """A scene to be drawn from its caption: (scene, caption, where each digit stands).
 
-    Six in ten show one digit, the others two; the caption says how large they are and where they stand. The background is
+    Three in four show one digit, the others two; the caption says how large they are and where they stand. The background is
     plain or a gradient; a plain one is named by three captions in four.
     """
     if rng.random() < 0.8:
@@ -286,7 +286,7 @@ def compose_for_caption(rng: np.random.Generator, glyphs: Glyphs) -> tuple[Scene
         suffix = f" on {name}" if rng.random() < 0.75 else ""
     else:
         background, name, suffix = gradient_background(rng), "gradient", ""
-    placed = place_by_name(rng, glyphs, 1 if rng.random() < 0.6 else 2)
+    placed = place_by_name(rng, glyphs, 1 if rng.random() < 0.75 else 2)
     caption = " and ".join(f"a {size} {digit.name} {where}" for digit, size, where in placed)
     digits = tuple(sorted((d for d, _, _ in placed), key=lambda d: d.centre[0]))
     scene = Scene(digits=digits, background=background, background_name=name)
@@ -329,10 +329,9 @@ def _random_digit(
     h, w = alpha.shape
     x, y = int(rng.integers(0, SIDE - w + 1)), int(rng.integers(0, SIDE - h + 1))
     if at is not None:
-        off = rng.integers(-NEAR, NEAR + 1, 2)
         x, y = (
-            int(np.clip(cell * (SIDE - n) / 2 + d, 0, SIDE - n))
-            for cell, n, d in zip(at, (w, h), off, strict=True)
+            int(np.clip(SIDE / 4 * (1 + cell) - n / 2 + rng.integers(-NEAR, NEAR + 1), 0, SIDE - n))
+            for cell, n in zip(at, (w, h), strict=True)
         )
     return Digit(
         value=value,

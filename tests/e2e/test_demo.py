@@ -38,3 +38,20 @@ def test_every_stage_runs_and_a_second_call_has_nothing_to_do(tmp_path: Path) ->
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
     assert (run / "results_dir" / "model" / "ema.safetensors").is_file()
     assert demo().count("done before") == 5
+
+    # What was trained says the same through the KV cache as in the training forward, for every kind of prediction.
+    checked = subprocess.run(
+        [
+            *(sys.executable, "-m", "inference_pipeline.check_cache"),
+            *("--model_path", str(run / "results_dir" / "model")),
+            *("--dataset_config_file", "configs/quickstart.yaml", "--expected_num_tokens", "2000"),
+        ],
+        cwd=ROOT, env={**env, "WEFT_DATA": str(run / "data")}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert [line.split()[0] for line in checked.stdout.splitlines()[1:]] == [
+        "box",
+        "logits",
+        "mask",
+        "velocity",
+    ]

@@ -16,7 +16,7 @@ from modeling.ops.attention import AttentionPlan, packed_attention
 from modeling.ops.patch import normalise_pixels
 from modeling.qwen2.config import Qwen2Config
 from modeling.qwen2.model import Qwen2ForCausalLM
-from modeling.qwen2.mot import Routing, Rows
+from modeling.qwen2.mot import Routing, Rows, filled
 from modeling.siglip.config import SiglipConfig
 from modeling.siglip.model import SiglipVisionModel
 
@@ -60,11 +60,11 @@ def decode(model: Qwen2ForCausalLM, packed: list[Sample]) -> tuple[Tensor, Tenso
     )
     text = model.model.embed_tokens(batch.text_ids)
     hidden = model.model(
-        Rows(text, text[:0]),
+        Rows(filled(text), text[:0]),
         Routing.build(batch.gen_index, batch.num_tokens),
         batch.position,
         lambda layer, q, k, v: packed_attention(q, k, v, plan),
-    ).und
+    ).und[: len(text)]
     return batch.text_ids, hidden, model.lm_head(hidden)
 
 

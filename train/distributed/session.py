@@ -141,6 +141,8 @@ def _set_threads() -> None:
     """`OMP_NUM_THREADS` if given, else this node's cores divided among its ranks: more threads than cores spin each other out."""
     given = os.environ.get("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # The CPU's matrix kernels are compiled per shape; packs bring more shapes than the 1,024 that are kept by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     # Vanishing gradients become denormal numbers, with which a CPU computes many times slower.
     torch.set_flush_denormal(True)
     torch.set_num_threads(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -198,10 +199,18 @@ def test_captions_name_every_digit(root: Path) -> None:
         assert image.shape == (64, 64, 3)
         names = [f"{d['colour']} {d['digit']}" for d in record["meta"]["digits"]]
         assert all(name in record["caption"] for name in names)
-        relation = record["meta"]["relation"]
-        assert (len(names) == 2) == (relation != "") == (relation in record["caption"] and relation != "")
+        places = record["meta"]["places"]
+        assert len(places) == len(names)
+        assert all(f"{place} and" in record["caption"] for place in places[:-1])
+        for d in record["meta"]["digits"]:
+            said = re.search(rf"{d['colour']} {d['digit']} (.+?)(?: and| on|$)", record["caption"])
+            assert said is not None and said[1] in places
+            words = said[1].split()
+            x, y = (d["box"][0] + d["box"][2]) / 2, (d["box"][1] + d["box"][3]) / 2
+            assert ("left" in words) == (x < 24) and ("right" in words) == (x > 40)
+            assert ("top" in words) == (y < 24) and ("bottom" in words) == (y > 40)
     single = sum(len(record["meta"]["digits"]) == 1 for _, record in found) / len(found)
-    assert 0.45 < single < 0.75
+    assert 0.65 < single < 0.85
 
 
 @pytest.mark.timeout(120)
