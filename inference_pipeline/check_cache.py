@@ -1,10 +1,11 @@
 """Check that a trained model says through the KV cache what it says in the training forward, on samples of a mixture.
 
-    python -m inference_pipeline.check_cache --model_path runs/quickstart/results_dir/model --dataset_config_file configs/quickstart.yaml
+    python -m inference_pipeline.check_cache --model_path runs/quickstart/results_dir/model \
+        --dataset_config_file configs/quickstart.yaml
 
-In: a model directory and the mixture it was trained on. One pack goes through the training forward; then every sample of it is read
-again, segment by segment, through the cache: the answers are forced to the true ones, the noised pictures are the pack's. Out: a line
-per kind of prediction with the largest difference; exit code 1 if one is above `--tolerance`.
+In: a model directory and the mixture it was trained on. One pack goes through the training forward; then every sample of it is
+read again, segment by segment, through the cache: the answers are forced to the true ones, the noised pictures are the pack's.
+Out: a line per kind of prediction with the largest difference; exit code 1 if one is above `--tolerance`.
 """
 
 import argparse

@@ -170,8 +170,14 @@ def mask_of(digit: Digit) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hand:
-    """How a glyph is written: turned by `turn` degrees, `stretch` times as wide as high as it would be, sheared by `slant`;
-    `ink` says from which gray level to which the stroke's edge runs (a lower one makes a bolder stroke)."""
+    """How a glyph is written.
+
+    Attributes:
+        turn: in degrees.
+        stretch: how much wider for its height than it was; the area stays.
+        slant: how far it leans, as a share of the height.
+        ink: from which gray level to which the stroke's edge runs; lower ones make a bolder stroke.
+    """
 
     turn: float = 0.0
     stretch: float = 1.0
