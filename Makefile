@@ -18,7 +18,7 @@ unexport PYTHONPATH
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help environment demo check test test-unit test-dist test-e2e parity-free bench clean
+.PHONY: help environment demo check test test-unit test-dist test-e2e bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -49,10 +49,6 @@ test-dist: $(READY)
 
 test-e2e: $(READY)
 	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
-
-# Everything but the comparisons with independent implementations, which import the heavy packages.
-parity-free: $(READY)
-	$(BIN)/pytest tests --ignore=tests/parity $(PYTEST_ARGS)
 
 bench: $(READY)
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "# $$script"; $(BIN)/python "$$script" || exit 1; done

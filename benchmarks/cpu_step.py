@@ -61,7 +61,7 @@ def main() -> None:
         prepare(Path(folder))
         for what, how in CASES:
             command = [sys.executable, __file__, "--case", what, how, folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             print(f"{what:<8}{how:<16}{done.stdout.strip().splitlines()[-1]}", flush=True)
 
 

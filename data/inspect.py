@@ -44,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch = pack(samples, plan.layout, plan.special, cursor=stream.cursor)
             sys.stdout.writelines(f"{line}\n" for line in pack_lines(number, samples, batch, plan, tokenizer))
             sys.stdout.writelines(f"rejected: {reject.message}\n" for reject in stream.take_rejects())
-            if args.out is not None:
-                file = args.out if args.packs == 1 else args.out.with_stem(f"{args.out.stem}-{number}")
-                attention_picture(batch).save(file)
-                sys.stdout.write(f"attention pattern: {file}\n")
+            file = args.out if args.packs == 1 else args.out.with_stem(f"{args.out.stem}-{number}")
+            attention_picture(batch).save(file)
+            sys.stdout.write(f"attention pattern: {file}\n")
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough (`| head`); what is still buffered must not fail at exit.
@@ -212,12 +211,17 @@ def _parser() -> argparse.ArgumentParser:
         "--model_path", type=Path, default=Path("runs/quickstart/base"), help="a model directory"
     )
     parser.add_argument("--packs", type=int, default=1, help="how many packs to show")
-    parser.add_argument("--out", type=Path, help="PNG of the attention pattern")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pack.png"),
+        help="PNG of the attention pattern (default: %(default)s)",
+    )
     parser.add_argument("--lane", type=int, default=0, help="whose packs to show")
     parser.add_argument("--num_lanes", type=int, default=48)
     parser.add_argument("--data_seed", type=int, default=42)
-    parser.add_argument("--expected_num_tokens", type=int, default=1536)
-    parser.add_argument("--max_num_tokens", type=int, default=2048)
+    parser.add_argument("--expected_num_tokens", type=int, default=4096)
+    parser.add_argument("--max_num_tokens", type=int, default=4608)
     parser.add_argument("--max_num_tokens_per_sample", type=int, default=1024)
     parser.add_argument("--max_buffer_size", type=int, default=50)
     for condition in ("text", "vit", "vae"):

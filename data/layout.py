@@ -56,13 +56,18 @@ class LayoutSpec:
             read("vit_config.json"),
             read("ae_config.json", required=False),
         )
+        if "patch_size" not in vit:
+            raise ValueError(
+                f"{Path(path) / 'vit_config.json'}: lacks patch_size, the side of a patch in pixels"
+            )
         vae_stride = 2 ** (len(ae.get("ch_mult", (1, 2, 4, 4))) - 1)
         return LayoutSpec(
             vit_patch_size=vit["patch_size"],
-            vit_positions_per_side=bagel["vit_max_num_patch_per_side"],
-            latent_stride=vae_stride * bagel["latent_patch_size"],
-            latent_positions_per_side=bagel["max_latent_size"],
-            interpolate_pos=bagel["interpolate_pos"],
+            # A key that the file leaves out has the published default, as in `BagelConfig`.
+            vit_positions_per_side=bagel.get("vit_max_num_patch_per_side", 70),
+            latent_stride=vae_stride * bagel.get("latent_patch_size", 2),
+            latent_positions_per_side=bagel.get("max_latent_size", 64),
+            interpolate_pos=bagel.get("interpolate_pos", False),
         )
 
 

@@ -25,28 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.dataset_base import DropoutSpec
-from data.layout import LayoutSpec
-from data.mixture import Group
 from data.order import pack_lane, packs_of_lane, usable_world_sizes
-from data.stream import LaneStream, PackBudget, StreamPlan
-from data.tokens import SpecialTokens
+from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor, PackedBatch
 
 logger = logging.getLogger(__name__)
 
 
 def build_loader(
+    plan: StreamPlan,
     *,
-    groups: Sequence[Group],
-    layout: LayoutSpec,
-    special: SpecialTokens,
-    seed: int,
-    budget: PackBudget,
-    dropout: DropoutSpec = DropoutSpec(),  # noqa: B008 - frozen
-    timestep_shift: float = 1.0,
-    max_reject_fraction: float = 0.001,
-    num_lanes: int = 48,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -57,14 +45,7 @@ def build_loader(
     """The endless packs of one rank.
 
     Args:
-        groups: of `build_groups`.
-        layout, special: of the model.
-        seed: of the data order and of everything random about samples.
-        budget: size of a pack.
-        dropout: of conditions.
-        timestep_shift: of the flow's training timesteps.
-        max_reject_fraction: of a group's records that may be unusable.
-        num_lanes: `L`; has to stay the same over a run's life.
+        plan: what decides which packs come; its number of lanes has to stay the same over a run's life.
         rank, world_size: among the ranks that read different data.
         num_workers: processes that prepare packs; 0 prepares them in this one.
         prefetch_factor: packs each worker prepares ahead.
@@ -76,6 +57,7 @@ def build_loader(
             iterating, if too many records of a group are unusable.
         RuntimeError: while iterating, if a worker fails or dies.
     """
+    num_lanes = plan.num_lanes
     if world_size < 1 or num_lanes % world_size:
         raise ValueError(
             f"{num_lanes} lanes cannot be dealt to {world_size} ranks evenly; usable world sizes are "
@@ -86,10 +68,6 @@ def build_loader(
             f"{packs_consumed} packs were consumed, {world_size} ranks cannot go on amid a round; "
             "use a world size that divides the packs per step"
         )
-    plan = StreamPlan(
-        groups=tuple(groups), layout=layout, special=special, budget=budget, seed=seed, num_lanes=num_lanes,
-        dropout=dropout, timestep_shift=timestep_shift, max_reject_fraction=max_reject_fraction,
-    )  # fmt: skip
     cursors = _require_cursors(cursors, num_lanes, packs_consumed)
     stream = RankStream(plan, cursors, rank, world_size, packs_consumed // world_size)
     workers = usable_workers(num_workers, num_lanes // world_size)

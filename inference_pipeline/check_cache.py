@@ -9,6 +9,7 @@ Out: a line per kind of prediction with the largest difference; exit code 1 if o
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     tasks = sorted({s.task for s in samples})
     print(f"{len(samples)} samples of {len(tasks)} tasks: {', '.join(tasks)}")
-    worst: dict[str, tuple[float, int]] = {}
+    found: dict[str, list[tuple[float, int]]] = {}
     for name, difference, count in differences(model.decoder, samples):
-        largest, total = worst.get(name, (0.0, 0))
-        worst[name] = max(largest, difference), total + count
-    for name, (difference, count) in sorted(worst.items()):
-        verdict = "equal" if difference <= args.tolerance else f"DIFFERENT: above {args.tolerance:g}"
-        print(f"{name:<10} {count:>9,} numbers, largest difference {difference:.1e}  {verdict}")
-    return 0 if all(difference <= args.tolerance for difference, _ in worst.values()) else 1
+        found.setdefault(name, []).append((difference, count))
+    good = bool(found)
+    for name, rows in sorted(found.items()):
+        largest, count = max(difference for difference, _ in rows), sum(n for _, n in rows)
+        good &= (equal := largest <= args.tolerance)
+        verdict = "equal" if equal else f"DIFFERENT: above {args.tolerance:g}"
+        print(f"{name:<10} {count:>9,} numbers, largest difference {largest:.1e}  {verdict}")
+    return 0 if good else 1
 
 
 def read_samples(args: argparse.Namespace, model: Inferencer) -> list[Sample]:
@@ -69,7 +72,9 @@ def read_samples(args: argparse.Namespace, model: Inferencer) -> list[Sample]:
 
 
 def differences(decoder: Decoder, samples: Sequence[Sample]) -> Iterator[tuple[str, float, int]]:
-    """Per prediction of a pack: its kind, the largest |cached - trained| / max(1, |trained|), how many numbers."""
+    """Per prediction of a pack: its kind, the largest |cached - trained| / max(1, |trained|) (infinite if any is not a number),
+    and how many numbers.
+    """
     trained = trained_predictions(decoder, samples)
     for sample in samples:
         for name, cached in cached_predictions(decoder, sample):
@@ -77,7 +82,9 @@ def differences(decoder: Decoder, samples: Sequence[Sample]) -> Iterator[tuple[s
             if (name, cached.shape) != (want_name, want.shape):
                 raise AssertionError(f"{name} {tuple(cached.shape)} beside {want_name} {tuple(want.shape)}")
             error = (cached - want).abs() / want.abs().clamp(min=1)
-            yield name, float(error.max()) if len(error) else 0.0, want.numel()
+            yield name, float(error.nan_to_num(nan=math.inf).max()) if len(error) else 0.0, want.numel()
+    if (left := next(trained, None)) is not None:
+        raise AssertionError(f"{left[0]} {tuple(left[1].shape)} has no cached counterpart")
 
 
 @torch.no_grad()

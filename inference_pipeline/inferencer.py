@@ -1,6 +1,6 @@
 """Prompts in, answers and pictures out, batched, through the KV cache.
 
-    model = Inferencer.from_model_dir("runs/quickstart/model")
+    model = Inferencer.from_model_dir("runs/quickstart/results_dir/model")
     model.answer([Prompt(images=("scene.png",), text="Where is the red 7?")])[0].boxes
 
 Prompts of one call may differ in length and picture size; each gives what it would give alone.

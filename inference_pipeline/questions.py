@@ -53,7 +53,7 @@ class Question:
 
     Attributes:
         sample_id: unique and stable.
-        task: row of `evaluate.TASKS` (vqa, box, mask, t2i, edit, text).
+        task: row of `evaluate.ASK` (vqa, box, mask, t2i, edit, text).
         main_task_type, sub_task_type: what the data calls it.
         text: the prompt, without image placeholders.
         images: files that belong to the prompt.
@@ -129,8 +129,10 @@ def read_t2i(root: Path, split: str) -> Iterator[Question]:
             f"{root}/t2i_{split}-*.tar: no shard found; make the data first or leave t2i out of --tasks"
         )
     for shard in shards:
-        with tarfile.open(shard) as tar:
+        with _naming(f"{shard}"):
+            tar = tarfile.open(shard)
             members = {member.name: member for member in tar if member.isfile()}
+        with tar:
             for name in sorted(n for n in members if n.endswith(".json")):
                 key = name.removesuffix(".json")
                 with _naming(f"{shard}, member {key}"):
@@ -154,9 +156,10 @@ def read_t2i(root: Path, split: str) -> Iterator[Question]:
 def read_refer(root: Path, split: str) -> Iterator[Question]:
     """A box and a mask question per annotation; expressions and question templates take turns from one to the next."""
     path = root / f"refer_{split}.json"
-    coco = json.loads(_text_of(path))
-    images = {image["id"]: image for image in coco["images"]}
-    for number, annotation in enumerate(coco["annotations"]):
+    with _naming(f"{path}"):
+        coco = json.loads(_text_of(path))
+        images, annotations = {image["id"]: image for image in coco["images"]}, coco["annotations"]
+    for number, annotation in enumerate(annotations):
         with _naming(f"{path}, annotation {annotation.get('id', number)}"):
             image = images[annotation["image_id"]]
             name = annotation["expressions"][number % len(annotation["expressions"])]
@@ -271,6 +274,6 @@ def _naming(where: str) -> Iterator[None]:
     """Turn what is wrong with one row into an error that names it: an evaluation must not shrink its own test set."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, OSError, SkipSample) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OSError, tarfile.TarError, SkipSample) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{where}: {what}") from error

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         rows = [json.loads(line) for line in (args.run_dir / "results.jsonl").read_text().splitlines()]
+        if short := [t for _, _, t, _ in CARDS if sum(r["task"] == t for r in rows) <= args.skip]:
+            raise ValueError(f"no more than {args.skip} samples of {', '.join(short)}; lower --skip")
         sheet = Sheet(6)
         column = 0
         for verb, span, task, fill in CARDS:
@@ -67,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             fill(sheet, column, [r for r in rows if r["task"] == task][args.skip], args.run_dir)
             column += span
         sheet.image.save(args.output, optimize=True)
-    except (OSError, IndexError, KeyError) as error:
-        print(f"error: {args.run_dir}: not an evaluated run ({error!r})", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError) as error:
+        print(f"error: {args.run_dir / 'results.jsonl'}: {error}; evaluate the run first", file=sys.stderr)
         return 1
     print(args.output)
     return 0

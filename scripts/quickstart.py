@@ -44,14 +44,16 @@ class Stage:
     Attributes:
         name: key of timings.json.
         steps: done one after the other; the commands of one step run at the same time. `{...}` is filled in from `places`.
-        reads: configuration files of the repository; the stage is done again when one changes.
-        writes: what it makes, under --output_dir; cleared when the stage has to start afresh.
+        reads: files of the repository that decide what comes out; when one changes, there is another quickstart to make.
+        writes: what it makes, under --output_dir.
+        again: whether results of other settings are simply made again; the other stages refuse to touch them.
     """
 
     name: str
     steps: tuple[tuple[str, ...], ...]
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    again: bool = False
 
 
 SMOKE: Mapping[str, str] = {
@@ -64,7 +66,8 @@ SMOKE: Mapping[str, str] = {
 
 EVALUATE = (
     "{python} -m inference_pipeline.evaluate --model_path {run}/results_dir/model --model_id quickstart-seed{seed} "
-    "--data_dir {run}/data --output_dir {run} --seed {seed} --timestep_shift 5"
+    "--data_dir {run}/data --output_dir {run} --seed {seed} --timestep_shift 5 "
+    "--cfg_text_scale 2 --cfg_interval 0.4 1.0"
 )
 
 
@@ -75,12 +78,17 @@ def stages(nproc: int) -> tuple[Stage, ...]:
             name="data",
             steps=(
                 (
-                    "{python} scripts/data/make_quickstart.py --output_dir {run}/data --seed {seed} --workers {nproc} "
+                    "{python} scripts/data/make_quickstart.py --output_dir {run}/data --seed {seed} --workers {workers} "
                     "{small_data}",
                 ),
                 (
                     "{python} scripts/data/make_quickstart_model.py --data_dir {run}/data --output_dir {run}/base",
                 ),
+            ),
+            reads=(
+                "scripts/data/make_quickstart.py",
+                "scripts/data/quickstart_scenes.py",
+                "scripts/data/make_quickstart_model.py",
             ),
             writes=("data", "base"),
         ),
@@ -92,6 +100,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                     "--val_dir {run}/data/val/images --output_dir {run}/base --seed {seed} {small_autoencoder}",
                 ),
             ),
+            reads=("train/main_autoencoder.py", "modeling/autoencoder.py"),
             writes=("base/ae.safetensors", "base/ae_config.json", "base/ae_log.jsonl"),
         ),
         Stage(
@@ -103,6 +112,7 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                     "--seed {seed} {small_vision_tower}",
                 ),
             ),
+            reads=("train/main_siglip.py",),
             writes=("base/vit_model.safetensors", "base/vit_log.jsonl"),
         ),
         Stage(
@@ -124,7 +134,13 @@ def stages(nproc: int) -> tuple[Stage, ...]:
                 tuple(f"{EVALUATE} --num_shards {nproc} --shard {shard}" for shard in range(nproc)),
                 (f"{EVALUATE} --merge",),
             ),
+            reads=(
+                "inference_pipeline/questions.py",
+                "inference_pipeline/scoring.py",
+                "train/metrics/digits.py",
+            ),
             writes=("results*.jsonl", "images", "statistics.json", "evaluation_settings.json"),
+            again=True,
         ),
     )
 
@@ -158,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": shlex.quote(str(run)),
         "seed": str(args.seed),
         "nproc": str(args.nproc),
+        "workers": str(args.nproc),
         "python": python,
         **{f"small_{stage}": flags if args.smoke else "" for stage, flags in SMOKE.items()},
         "torchrun": f"{python} -m torch.distributed.run --standalone --nproc_per_node={args.nproc}",
@@ -170,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as failure:
         print(failure, file=sys.stderr)
         return failure.code
+    except NotOurs as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(
             f"error: {error.filename or run}: {error.strerror or error}; choose another --output_dir",
@@ -195,8 +215,16 @@ class StageFailed(Exception):
         self.code = code if 0 < code < 256 else 1
 
 
+class NotOurs(Exception):
+    """The directory holds something that this run would have to overwrite."""
+
+
 def run_stages(todo: Sequence[Stage], run: Path, places: Mapping[str, str]) -> dict[str, float]:
-    """Do what is not done; seconds by stage, those of earlier starts of the same work included."""
+    """Do what is not done; seconds by stage, those of earlier starts of the same work included.
+
+    Raises:
+        NotOurs: if a stage's results are there already, and are not of this work.
+    """
     (run / "logs").mkdir(parents=True, exist_ok=True)
     seconds = {"setup": float(os.environ[SETUP_SECONDS])} if os.environ.get(SETUP_SECONDS) else {}
     before = ""
@@ -211,9 +239,9 @@ def run_stages(todo: Sequence[Stage], run: Path, places: Mapping[str, str]) -> d
             continue
         going_on = read_json(started).get("fingerprint") == before
         print(f"\n== {title}{': goes on' if going_on else ''} ==", flush=True)
-        done.unlink(missing_ok=True)
         if not going_on:
-            clear(run, stage)
+            make_room(run, stage, ours=done.is_file() or started.is_file())
+            done.unlink(missing_ok=True)
             write_json(started, {"fingerprint": before, "seconds": 0.0})
         clock = Clock(started)
         perform(stage, run, places, clock)
@@ -225,16 +253,30 @@ def run_stages(todo: Sequence[Stage], run: Path, places: Mapping[str, str]) -> d
 
 def fingerprint(stage: Stage, places: Mapping[str, str], before: str) -> str:
     """Of a stage's commands, configuration files and the stages before it."""
-    commands = [command.format(**places) for step in stage.steps for command in step]
+    # How many processes make the data changes nothing about the data.
+    commands = [command.format(**{**places, "workers": ""}) for step in stage.steps for command in step]
     read = [(ROOT / name).read_text(encoding="utf-8") for name in stage.reads]
     return hashlib.sha256(json.dumps([before, commands, read]).encode()).hexdigest()
 
 
-def clear(run: Path, stage: Stage) -> None:
-    """Remove what an earlier run with other settings left."""
-    for pattern in stage.writes:
-        for path in run.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def make_room(run: Path, stage: Stage, *, ours: bool) -> None:
+    """See that a stage that starts afresh overwrites nothing.
+
+    Raises:
+        NotOurs: if what it writes is there, unless an earlier run of ours made it and it is quickly made again.
+    """
+    there = sorted(path for pattern in stage.writes for path in run.glob(pattern))
+    if there and not ours:
+        raise NotOurs(
+            f"{there[0]} is there and was not made by this program; choose another --output_dir (make: RUN=...)"
+        )
+    if there and not stage.again:
+        raise NotOurs(
+            f"{there[0]} was made by a quickstart with other settings or of another version; remove {run}, or choose another "
+            "--output_dir (make: RUN=...)"
+        )
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Clock:

@@ -499,6 +499,10 @@ def _require_consistent(args: Args) -> None:
         raise ValueError(f"--min_lr {optim.min_lr} is above --lr {optim.lr}")
     if checkpoint.resume_model_only and checkpoint.resume_from is None:
         raise ValueError("--resume_model_only needs --resume_from: the checkpoint to take the weights from")
+    if checkpoint.resume_model_only and args.model.vit_path:
+        raise ValueError(
+            "--vit_path with --resume_model_only: the checkpoint has a vision tower of its own; leave one of the two out"
+        )
     if checkpoint.finetune_from_ema and checkpoint.resume_from and not checkpoint.resume_model_only:
         raise ValueError(
             "--finetune_from_ema with --resume_from needs --resume_model_only: continuing a run takes both kinds of weights"

@@ -1,7 +1,6 @@
 """Moving average of the trained weights: float32, in the same shards as the weights, 4 bytes per parameter over all ranks."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +43,6 @@ class Ema:
         if averages:
             torch._foreach_lerp_(list(averages), [w.float() for w in weights], 1 - decay)
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The model has the averaged weights inside the `with`, its own again after it."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     def with_frozen(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Every parameter of the model by name: averages, and frozen parameters as they are. For export."""
         return {n: self.averages.get(n, p.detach()) for n, p in model.named_parameters()}
@@ -60,10 +50,3 @@ class Ema:
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         # Asked anew each time: FSDP2 may replace a parameter's local tensor when it first runs.
         return [(local(self.averages[n]), local(p)) for n, p in self._weights.items()]
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for average, weight in self._pairs():
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)

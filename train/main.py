@@ -15,8 +15,9 @@ from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec
 from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
-from data.stream import PackBudget
+from data.stream import PackBudget, StreamPlan, make_sample
 from data.tokens import Tokenizer
+from data.types import Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.latents import LatentEncoder
@@ -54,9 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         freeze(model, args.params)
         values = starting_values(args, model, start)
         logger.info("%s", describe(model, args.params, args.optim.lr))
-        if args.train.validate_only:
-            return validate(model, groups)
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
+        vae = load_autoencoder(args.model.model_path, world.device)
+        if args.train.validate_only:
+            return validate(args, model, groups, tokenizer, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
         materialise(model, world.device, values)
 
@@ -66,7 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         if start is not None and not start.published:
             checkpoints.restore(state, start)
 
-        vae = load_autoencoder(args.model.model_path, world.device)
         run = Run(
             args=args,
             world=world,
@@ -104,40 +105,56 @@ def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
 
 def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World, state: TrainState):
     """The packs of this rank, from where the state stands."""
-    data = args.data
     return build_loader(
+        stream_plan(args, groups, tokenizer),
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=args.data.num_workers,
+        prefetch_factor=args.data.prefetch_factor,
+        cursors=[state.cursors[lane] for lane in range(args.data.num_lanes)],
+        packs_consumed=state.packs_consumed,
+    )
+
+
+def stream_plan(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer) -> StreamPlan:
+    """Everything that decides which packs come."""
+    data = args.data
+    return StreamPlan(
         groups=groups,
         layout=LayoutSpec.from_model_dir(args.model.model_path),
         special=tokenizer.special,
-        seed=data.data_seed,
         budget=PackBudget(
             expected=data.expected_num_tokens,
             maximum=data.max_num_tokens,
             per_sample=data.max_num_tokens_per_sample,
             max_buffer=data.max_buffer_size,
         ),
+        seed=data.data_seed,
+        num_lanes=data.num_lanes,
         dropout=DropoutSpec(
             text=data.text_cond_dropout_prob, vit=data.vit_cond_dropout_prob, vae=data.vae_cond_dropout_prob
         ),
         timestep_shift=data.timestep_shift,
         max_reject_fraction=data.max_reject_fraction,
-        num_lanes=data.num_lanes,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=data.num_workers,
-        prefetch_factor=data.prefetch_factor,
-        cursors=[state.cursors[lane] for lane in range(data.num_lanes)],
-        packs_consumed=state.packs_consumed,
     )
 
 
-def validate(model: Bagel, groups: tuple[Group, ...]) -> None:
-    """`--validate_only`: show what would be trained on what, and read one record of every group."""
+def validate(args: Args, model: Bagel, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World) -> None:
+    """`--validate_only`: show what would be trained on what, and make a sample of the first record of every group.
+
+    Raises:
+        ValueError: if a group's first record cannot be used, or the lanes do not suit the ranks.
+    """
     for unit in shard_plan(model.config):
         logger.info("unit %s", unit)
+    plan = stream_plan(args, groups, tokenizer)
+    build_loader(plan, rank=world.rank, world_size=world.size, num_workers=0)
     for group in groups:
+        made = make_sample(plan, group, lane=0, position=0)
+        if isinstance(made, Reject):
+            raise ValueError(f"group {group.name}: {made.message}")
         logger.info("group %s: %d records, weight %g; first: %s", group.name, len(group.source), group.weight,
-                    group.source.read(0).where)  # fmt: skip
+                    made.origin.where)  # fmt: skip
     logger.info("valid: nothing was trained")
 
 

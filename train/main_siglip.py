@@ -154,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                   + (", held out" if args.val_coco_path else ", training regions"))  # fmt: skip
         if world.is_main:
             tensors = {n: p.detach().cpu().contiguous() for n, p in model.vit.named_parameters()}
-            save_file(tensors, args.output_dir / WEIGHTS_NAME)
+            draft = (args.output_dir / WEIGHTS_NAME).with_suffix(".tmp")
+            save_file(tensors, draft)
+            draft.replace(args.output_dir / WEIGHTS_NAME)
             log.say(f"written to {args.output_dir / WEIGHTS_NAME}")
 
 

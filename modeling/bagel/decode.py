@@ -29,23 +29,24 @@ class KVCache:
 
     Attributes:
         lens: tokens each sequence holds; what lies behind is scratch space.
+        layers: keys and values of each layer, None before the first write.
     """
 
     def __init__(self, num_layers: int, batch_size: int):
         self.lens = [0] * batch_size
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     def write(
         self, layer: int, at: tuple[Tensor, Tensor], needed: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Put packed `s g e` keys and values at (sequence, place) and return all `needed` first places, `b needed g e`."""
-        held = self._layers[layer]
+        held = self.layers[layer]
         capacity = held[0].shape[1] if held is not None else 0
         if needed > capacity:
             grown = [k.new_zeros(len(self.lens), max(needed, 2 * capacity), *k.shape[1:]) for _ in range(2)]
             for new, old in zip(grown, held or (), strict=False):
                 new[:, :capacity] = old
-            held = self._layers[layer] = (grown[0], grown[1])
+            held = self.layers[layer] = (grown[0], grown[1])
         assert held is not None
         held[0][at], held[1][at] = k, v
         return held[0][:, :needed], held[1][:, :needed]
@@ -109,7 +110,11 @@ Renorm = Literal["global", "channel", "text_channel"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawOptions:
-    """How images are sampled. Times run from 1 (noise) to 0 (data); guidance acts where `lo < t <= hi` of `cfg_interval`."""
+    """How images are sampled. Times run from 1 (noise) to 0 (data); guidance acts where `lo < t <= hi` of `cfg_interval`.
+
+    `renorm_whole_batch`: the `global` norm runs over all images of a batch, as in the published code, not over each; what an
+    image becomes then depends on its neighbours.
+    """
 
     num_timesteps: int = 50
     timestep_shift: float = 1.0
@@ -118,6 +123,7 @@ class DrawOptions:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     cfg_renorm_min: float = 0.0
     cfg_renorm_type: Renorm = "global"
+    renorm_whole_batch: bool = False
 
 
 class Decoder:
@@ -289,19 +295,46 @@ class Decoder:
         counts = [int(h * w) for h, w in batches[0].gen_hw.tolist()]
         width = self.model.config.latent_token_width
         noise = [seeded_noise(s, (n, width), self.device) for s, n in zip(seeds, counts, strict=True)]
-        x = torch.cat(noise)
-        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        x = self.denoise([c for c in contexts if c is not None], batches, torch.cat(noise), options)
+        return self._decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        contexts: Sequence[Context],
+        batches: Sequence[PackedBatch],
+        x: Tensor,
+        options: DrawOptions,
+        watch: Callable[[float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Euler steps from noise to latents.
+
+        Args:
+            contexts: with everything; and, for guidance, without the last text, without images.
+            batches: the target images laid out behind each context (`blank_images`).
+            x: `l (p p z)`, noise of all images.
+            options: steps and guidance.
+            watch: told time, latents and guided velocity of every step.
+
+        Returns:
+            `l (p p z)`, latents of all images.
+        """
+        counts = batches[0].gen_hw.prod(1)
+        if options.renorm_whole_batch:
+            counts = counts.sum()[None]
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         times = sampling_times(options.num_timesteps, options.timestep_shift).tolist()
         low, high = options.cfg_interval
         for now, after in zip(times[:-1], times[1:], strict=True):
             active = len(contexts) if low < now <= high else 1
             v = [
-                self.velocity(c, b, x, now)
-                for c, b in zip(contexts[:active], batches, strict=False)
-                if c is not None
+                self.velocity(c, b, x, now) for c, b in zip(contexts[:active], batches[:active], strict=True)
             ]
-            x = x - guide(v, owner, options) * (now - after)
-        return self._decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
+            guided = guide(v, owner, options)
+            if watch is not None:
+                watch(now, x, guided)
+            x = x - guided * (now - after)
+        return x
 
     def _decode(self, tokens: Tensor, grid: Sequence[tuple[int, int]]) -> list[Tensor]:
         latents = [

@@ -29,7 +29,8 @@ class LatentEncoder:
 
     def __init__(self, vae: AutoEncoder, latent_patch_size: int, cache_mb: float = 0):
         # Faster on a CPU (benchmarks/cpu_step.py), and what GPU convolutions want in low precision.
-        self.vae, self.patch = vae.to(memory_format=torch.channels_last), latent_patch_size
+        self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.patch = latent_patch_size
         self._room, self._used = int(cache_mb * 2**20), 0
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
 

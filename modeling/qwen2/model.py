@@ -1,6 +1,5 @@
 """Qwen2 as the trunk of the packed model: rows in, rows out. Parameter names as in the published checkpoints."""
 
-import torch
 from torch import Tensor, nn
 
 from modeling.ops.rope import rope_table
@@ -50,11 +49,3 @@ class Qwen2ForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @torch.no_grad()
-    def init_moe(self) -> None:
-        """Start every generation expert as a copy of its understanding twin."""
-        parameters = dict(self.named_parameters())
-        for name, parameter in parameters.items():
-            if "_moe_gen" in name:
-                parameter.copy_(parameters[name.replace("_moe_gen", "")])

@@ -9,8 +9,8 @@ from typing import Any
 class SiglipConfig:
     """Sizes of the tower; names as in `vit_config.json`. `num_hidden_layers` counts the layers that are really built.
 
-    `stem_width` is ours: channels of a convolutional stem whose output is added to the linear patch embedding; 0, as published:
-    none.
+    `rope`: rotary positions instead of learned ones. `stem_width` is ours: channels of a convolutional stem whose output is
+    added to the linear patch embedding; 0, as published: none.
     """
 
     hidden_size: int
@@ -21,6 +21,7 @@ class SiglipConfig:
     image_size: int
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
+    rope: bool = False
     stem_width: int = 0
 
     @property
@@ -29,13 +30,5 @@ class SiglipConfig:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "SiglipConfig":
-        """Keep the keys that shape the network.
-
-        Raises:
-            ValueError: if the file asks for rotary positions, which this tower does not have yet.
-        """
-        if values.get("rope", False):
-            raise ValueError(
-                "vit_config.json: rope is true; only learned positions are built (set rope to false)"
-            )
+        """Keep the keys that shape the network."""
         return SiglipConfig(**{f.name: values[f.name] for f in fields(SiglipConfig) if f.name in values})

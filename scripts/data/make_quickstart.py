@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import re
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,9 @@ def make(root: Path, *, sizes: dict[str, int], seed: int, workers: int) -> Json:
             photographs=photographs,
         )
         (root / split / "images").mkdir(parents=True, exist_ok=True)
-        for left_over in [*(root / split / "images").glob("*.png"), *root.glob(f"t2i_{split}-*.tar")]:
+        pictures = (root / split / "images").glob("*.png")
+        ours = [p for p in pictures if re.fullmatch(r"(scene|edited)_\d{6}", p.stem)]
+        for left_over in [*ours, *root.glob(f"t2i_{split}-[0-9]*.tar")]:
             left_over.unlink()
         counts[split] = write_split(ground, examples(ground, size, workers))
     manifest = {

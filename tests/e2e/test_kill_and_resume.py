@@ -38,7 +38,7 @@ def test_a_killed_run_ends_as_one_that_was_not(flags: dict[str, object], tmp_pat
 
     # First while a checkpoint is being written, then at a moment that chance chooses.
     checkpoints = killed / "results" / "checkpoints"
-    run_trainer(killed, stop=lambda: complete(checkpoints) and any(checkpoints.glob("*.tmp")), **flags)
+    run_trainer(killed, stop=lambda: _saving(checkpoints, killed), **flags)
     newest = complete(checkpoints)[-1]
     # As if killed right before the rename: whole, but it does not bear a step's name and must not be taken.
     shutil.copytree(checkpoints / newest, checkpoints / f"{TOTAL_STEPS - 1:07d}.tmp", dirs_exist_ok=True)
@@ -68,6 +68,13 @@ def test_a_killed_run_ends_as_one_that_was_not(flags: dict[str, object], tmp_pat
         found, expected = (load_file(run / "results" / "model" / name) for run in (killed, whole))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def _saving(checkpoints: Path, run: Path) -> bool:
+    """A checkpoint after the first, and before the last, is being written."""
+    return (
+        bool(complete(checkpoints)) and any(checkpoints.glob("*.tmp")) and len(losses(run)) < TOTAL_STEPS - 1
+    )
 
 
 def assert_finished(done: Done) -> None:

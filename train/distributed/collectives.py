@@ -4,8 +4,7 @@ A rank that fails does not come back: the others notice when its connection clos
 Where one rank does something for all (`on_main`), its failure is raised on every rank, with the same message.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -27,12 +26,10 @@ def world_size() -> int:
 
 def all_sum(x: Tensor) -> Tensor:
     """Sum over ranks, elementwise, as a new tensor without gradient."""
-    return _all_reduce(x, dist.ReduceOp.SUM)
-
-
-def all_max(x: Tensor) -> Tensor:
-    """Maximum over ranks, elementwise, as a new tensor without gradient."""
-    return _all_reduce(x, dist.ReduceOp.MAX)
+    y = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(y)
+    return y
 
 
 def gather_objects(value: T) -> list[T]:
@@ -78,20 +75,3 @@ def on_main(action: Callable[[], T]) -> T:
     if message is not None:
         raise ValueError(message) from failure
     return result  # type: ignore[return-value]
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Rank 0 runs the body before the others do (say, to fill a cache that they then read)."""
-    if rank() != 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
-
-
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    y = x.detach().clone(memory_format=torch.contiguous_format)
-    if world_size() > 1:
-        dist.all_reduce(y, op)
-    return y

@@ -4,8 +4,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from train.config import FsdpArgs
 
-STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
-
 
 def mesh_shape(args: FsdpArgs, world_size: int) -> tuple[int, int]:
     """Replicas and shards of a strategy.

@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from data.dataset_base import DropoutSpec
 from data.ledger import accounts, count_trained
 from data.loader import build_loader, to_bytes, usable_workers
 from data.order import pack_lane
-from data.stream import PackBudget
+from data.stream import PackBudget, StreamPlan
 from data.types import LaneCursor
 from tests.unit.data.toy_groups import LAYOUT, SPECIAL, fingerprint, group, lengths, mixed_groups
 
@@ -27,7 +28,10 @@ def loader(groups=None, **changes):
         "dropout": DropoutSpec(vae=0.3),
         "num_lanes": LANES,
     }
-    return build_loader(**{**settings, **changes})
+    given = {**settings, **changes}
+    names = {f.name for f in fields(StreamPlan)}
+    plan = StreamPlan(**{n: tuple(v) if n == "groups" else v for n, v in given.items() if n in names})
+    return build_loader(plan, **{n: v for n, v in given.items() if n not in names})
 
 
 def prints(packs, count):

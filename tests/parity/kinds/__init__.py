@@ -1,0 +1,67 @@
+"""Kinds of golden cases: how a folder is recognised, and the function that runs it. A new kind is one file and one row here."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.parity.comparison import Comparison
+from tests.parity.kinds import forward, inference, navit, schedules, train_steps, transforms, vae
+
+Run = Callable[[Path], Comparison]
+
+
+def _inputs_have(key: str) -> Callable[[Path], bool]:
+    def recognise(folder: Path) -> bool:
+        file = folder / "inputs.json"
+        return file.is_file() and key in json.loads(file.read_text())
+
+    return recognise
+
+
+def _has(name: str) -> Callable[[Path], bool]:
+    return lambda folder: (folder / name).is_file()
+
+
+KINDS: dict[str, tuple[Callable[[Path], bool], Run]] = {
+    "forward and gradients": (_inputs_have("mask_mode"), forward.run),
+    "training steps": (_inputs_have("hyper"), train_steps.run),
+    "inference": (_inputs_have("kind"), inference.run),
+    "image transforms": (_has("resize_table.json"), transforms.run),
+    "vision tower": (_has("weights_conv.safetensors"), navit.run),
+    "autoencoder": (lambda f: _has("weights.safetensors")(f) and f.name == "vae", vae.run),
+    "schedules and averages": (_has("schedulers.json"), schedules.run),
+}
+
+NOT_BUILT = {
+    **dict.fromkeys(
+        ("e2e_01_edit", "e2e_02_t2i", "e2e_03_vqa", "e2e_04_interleaved"),
+        "the whole chain from pictures is not compared yet",
+    ),
+    "image_12_taylorseer": "extrapolating features between steps is an optional speed-up of the published code",
+}
+"""Cases by folder name that describe what this project does not have, and why."""
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of a case folder; None if it is none (or no kind that is built)."""
+    return next((name for name, (recognise, _) in KINDS.items() if recognise(folder)), None)
+
+
+def find_cases(root: Path) -> Iterator[Path]:
+    """`root` and every folder below it that is a case, in order."""
+    folders = sorted(p for p in root.rglob("*") if p.is_dir())
+    return (f for f in [root, *folders] if kind_of(f) is not None)
+
+
+def run_case(folder: Path) -> Comparison:
+    """Compare one case.
+
+    Raises:
+        ValueError: if the folder is no case, or describes what is not built.
+    """
+    kind = kind_of(folder)
+    if kind is None:
+        raise ValueError(f"{folder}: not a golden case; known kinds are {', '.join(KINDS)}")
+    if folder.name in NOT_BUILT:
+        raise ValueError(f"{folder}: not built: {NOT_BUILT[folder.name]}")
+    return KINDS[kind][1](folder)

@@ -1,0 +1,59 @@
+"""One training forward and backward of the whole model on a packed batch."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from modeling.ops.flow import velocity_target
+from tests.parity.comparison import Comparison
+from tests.parity.kinds.models import build_model, flow_of, pack_of
+
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
+
+
+def run(folder: Path) -> Comparison:
+    """Hidden states, logits, losses, every gradient and every gradient's norm."""
+    config = json.loads((folder / "config.json").read_text())
+    inputs = load_file(folder / "inputs.safetensors")
+    expected = load_file(folder / "expected.safetensors")
+    model = build_model(config, load_file(folder / "weights.safetensors"))
+    shape = json.loads((folder / "inputs.json").read_text())
+    batch = pack_of(inputs, shape, model.config, config["timestep_shift"])
+    flow = flow_of(inputs, inputs.get("noise"), batch, model.config)
+    out = model(batch, flow.noised)
+
+    found = Comparison()
+    found.close("last_hidden_state", out.hidden, expected["last_hidden_state"], TOLERANCE)
+    loss = torch.zeros(())
+    if "ce" in expected:
+        ce = F.cross_entropy(out.logits, batch.label_ids, reduction="none")
+        found.close("ce_logits", out.logits, expected["ce_logits"], TOLERANCE)
+        found.close("ce", ce, expected["ce"], TOLERANCE)
+        loss = loss + ce.mean()
+    if "mse" in expected:
+        target = velocity_target(flow.latents, flow.noise)
+        mse = (out.velocity - target)[batch.gen_timestep > 0].square()
+        found.close("mse", mse, expected["mse"], TOLERANCE)
+        loss = loss + mse.mean()
+    found.close("loss", loss, expected["loss"], TOLERANCE)
+    loss.backward()
+
+    facts = json.loads((folder / "expected.json").read_text())
+    rounding = set(facts.get("params_with_rounding_noise_grad", []))
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for key, value in expected.items():
+        kind, _, name = key.partition("/")
+        if kind not in ("grad", "grad_norm") or name in rounding:
+            continue
+        ours = gradients.get(name, torch.zeros(()))  # a missing gradient is as good as a zero one
+        if kind == "grad_norm":
+            # Gradients below 1e-6 are zero up to rounding.
+            norm, theirs = ours.double().norm(), value.double()
+            allowed = max(GRADIENT_TOLERANCE, 1e-6 / float(theirs.clamp(min=1e-30)))
+            found.close(key, norm, theirs, allowed)
+        else:
+            found.close(key, ours, value, GRADIENT_TOLERANCE)
+    return found

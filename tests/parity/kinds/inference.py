@@ -1,0 +1,205 @@
+"""Cached prefill, greedy text and guided sampling."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.layout import LayoutSpec
+from data.tokens import SpecialTokens
+from data.types import PackedBatch, Segment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.decode import Context, Decoder, DrawOptions
+from modeling.ops.patch import patchify_latent
+from modeling.types import FlowState
+from tests.parity.comparison import Comparison
+from tests.parity.kinds.models import build_model
+
+TOLERANCE, LATENT_TOLERANCE = 1e-5, 3e-5
+
+Json = Mapping[str, Any]
+
+
+class GivenLatents:
+    """Stands where the VAE encoder stands, and gives each clean image the latent that the case recorded, by its seed."""
+
+    def __init__(self, patch: int, channels: int):
+        self.patch, self.channels = patch, channels
+        self.latents: list[Tensor] = []
+
+    def seed(self, latent: Tensor) -> int:
+        """The `noise_seed` under which `z h w` will be found."""
+        self.latents.append(latent)
+        return len(self.latents) - 1
+
+    def __call__(self, batch: PackedBatch) -> FlowState:
+        rows = [torch.zeros(0, self.channels * self.patch**2)]
+        for seed, (h, w) in zip(batch.gen_seed.tolist(), batch.gen_hw.tolist(), strict=True):
+            latent = (
+                self.latents[seed]
+                if self.latents
+                else torch.zeros(self.channels, h * self.patch, w * self.patch)
+            )
+            rows.append(patchify_latent(latent[:, : h * self.patch, : w * self.patch], self.patch))
+        clean = torch.cat(rows)
+        return FlowState(latents=clean, noise=torch.zeros_like(clean), noised=clean)
+
+
+class Case:
+    """A case with its model, ready to run."""
+
+    def __init__(self, folder: Path):
+        model_dir = folder.parent / "model"
+        self.config = json.loads((model_dir / "config.json").read_text())
+        self.model: Bagel = build_model(self.config, load_file(model_dir / "weights.safetensors")).eval()
+        self.model.requires_grad_(False)
+        self.facts = json.loads((folder / "inputs.json").read_text())
+        tensors = folder / "inputs.safetensors"
+        self.inputs = load_file(tensors) if tensors.is_file() else {}
+        self.expected = load_file(folder / "expected.safetensors")
+        self.latents = GivenLatents(self.config["latent_patch_size"], self.config["vae_config"]["z_channels"])
+        self.stride = self.config["vae_config"]["downsample"] * self.config["latent_patch_size"]
+        self.decoder = self._decoder(self.config["special_tokens"]["eos_token_id"])
+        self.found = Comparison()
+
+    def _decoder(self, end: int) -> Decoder:
+        ids = self.config["special_tokens"]
+        special = SpecialTokens(
+            begin=ids["bos_token_id"],
+            end=end,
+            image_start=ids["start_of_image"],
+            image_end=ids["end_of_image"],
+            anchors={},
+        )
+        spec = LayoutSpec(
+            vit_patch_size=self.config["vit_config"]["patch_size"],
+            vit_positions_per_side=self.config["vit_max_num_patch_per_side"],
+            latent_stride=self.stride,
+            latent_positions_per_side=self.config["max_latent_size"],
+            interpolate_pos=self.config["interpolate_pos"],
+        )
+        return Decoder(self.model, self.latents, spec, special)  # type: ignore[arg-type]
+
+    def context(self, ops: Sequence[Json], batch: int) -> Context:
+        """Prefill one operation after the other."""
+        context = self.decoder.start(batch)
+        for op in ops:
+            self.decoder.prefill(context, self._segments(op))
+        return context
+
+    def _segments(self, op: Json) -> list[Segment]:
+        if op["op"] == "text":
+            return [Segment(kind="text", ids=torch.tensor(ids, dtype=torch.int64)) for ids in op["ids"]]
+        if op["op"] == "vit":
+            return [Segment(kind="und_image", pixels=self.inputs[name]) for name in op["images"]]
+        latents = self.inputs[op["padded_latent"]]
+        return [
+            Segment(
+                kind="cond_image",
+                pixels=torch.zeros(3, h, w, dtype=torch.uint8),
+                noise_seed=self.latents.seed(z),
+            )
+            for (h, w), z in zip(op["image_sizes"], latents, strict=True)
+        ]
+
+    def compare_cache(self, context: Context, prefix: str) -> None:
+        """Keys and values of every layer, sequence after sequence."""
+        for layer, held in enumerate(context.cache.layers):
+            for name, cache in zip(("key", "value"), held or (), strict=False):
+                ours = torch.cat([c[:n] for c, n in zip(cache, context.cache.lens, strict=True)])
+                self.found.close(
+                    f"{prefix}/{name}.{layer}",
+                    ours,
+                    self.expected[f"{prefix}/{name}_cache.{layer}"],
+                    TOLERANCE,
+                )
+
+    def write(self, context: Context, steps: int, end: int | None) -> tuple[list[list[int]], Tensor]:
+        """Greedy tokens of each sequence (without begin and end) and the logits of every step, `steps b vocab`.
+
+        `end` stops the answer; None: the prompts' end token, which no case without an end of its own writes.
+        """
+        seen: list[Tensor] = []
+
+        def choose(logits: Tensor) -> Tensor:
+            seen.append(logits)
+            return logits.argmax(-1)
+
+        decoder = self.decoder if end is None else self._decoder(end)
+        texts = decoder.write(context, steps - 1, choose)
+        return [t.ids for t in texts], torch.stack([s for s in seen if len(s) == len(texts)])
+
+
+def run(folder: Path) -> Comparison:
+    """Whatever the case records."""
+    case = Case(folder)
+    with torch.inference_mode():
+        RUNNERS[case.facts["kind"]](case)
+    return case.found
+
+
+def run_text(case: Case) -> None:
+    """Caches after the prompt, tokens, logits of every step."""
+    context = case.context(case.facts["ops"], case.facts["batch"])
+    case.compare_cache(context, "prefill")
+    generated, theirs = case.expected["generated"], case.expected["step_logits"]
+    ids, logits = case.write(context, case.facts["max_length"], case.facts["end_token_id"])
+    case.found.equal("generated", ids, [column[1:].tolist() for column in generated.T])
+    case.found.close("step_logits", logits[: len(theirs)], theirs, TOLERANCE)
+
+
+def run_image(case: Case) -> None:
+    """Caches of the three contexts, every step's latents and guided velocity, the latents at the end."""
+    batch = case.facts["batch"]
+    contexts = {name: case.context(ops, batch) for name, ops in case.facts["contexts"].items()}
+    for name, context in contexts.items():
+        if max(context.cache.lens):
+            case.compare_cache(context, f"{name}_prefill")
+    options = _options(case.facts["params"])
+    sizes = [(h, w) for h, w in case.facts["image_sizes"]]
+    latents = _denoise(case, contexts, sizes, options)
+    counts = [h * w // case.stride**2 for h, w in sizes]
+    for i, ours in enumerate(latents.split(counts)):
+        case.found.close(
+            f"final_latent_tokens.{i}", ours, case.expected[f"final_latent_tokens.{i}"], LATENT_TOLERANCE
+        )
+
+
+def _denoise(
+    case: Case, contexts: Mapping[str, Context], sizes: Sequence[tuple[int, int]], options: DrawOptions
+) -> Tensor:
+    guided = options.cfg_text_scale > 1
+    used = [
+        "gen",
+        *(["cfg_text"] if guided else []),
+        *(["cfg_img"] if guided and options.cfg_img_scale > 1 else []),
+    ]
+    chosen = [contexts[name] for name in used]
+    batches = [case.decoder.blank_images(c, sizes) for c in chosen]
+    steps: list[tuple[float, Tensor, Tensor]] = []
+    x = case.decoder.denoise(chosen, batches, case.inputs["init_noise"], options, lambda *s: steps.append(s))
+    for i, (t, x_t, v_t) in enumerate(steps if "x_t" in case.expected else []):
+        case.found.close(f"timestep.{i}", torch.tensor(t), case.expected["timesteps"][i], TOLERANCE)
+        case.found.close(f"x_t.{i}", x_t, case.expected["x_t"][i], LATENT_TOLERANCE)
+        case.found.close(f"v_t.{i}", v_t, case.expected["v_t"][i], LATENT_TOLERANCE)
+    return x
+
+
+def _options(params: Json) -> DrawOptions:
+    return DrawOptions(
+        num_timesteps=params["num_timesteps"],
+        timestep_shift=params["timestep_shift"],
+        cfg_text_scale=params["cfg_text_scale"],
+        cfg_img_scale=params["cfg_img_scale"],
+        cfg_interval=tuple(params.get("cfg_interval", (0.4, 1.0))),
+        cfg_renorm_min=params.get("cfg_renorm_min", 0.0),
+        cfg_renorm_type=params.get("cfg_renorm_type", "global"),
+        renorm_whole_batch=True,
+    )
+
+
+RUNNERS: Mapping[str, Callable[[Case], None]] = {"text": run_text, "image": run_image}
