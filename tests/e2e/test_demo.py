@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,20 @@ def test_every_stage_runs_and_a_second_call_has_nothing_to_do(tmp_path: Path) ->
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
     assert (run / "results_dir" / "model" / "ema.safetensors").is_file()
     assert demo().count("done before") == 5
+
+    # One pack of the quickstart, as README shows it, holds samples of at least four tasks.
+    shown = subprocess.run(
+        [
+            *(sys.executable, "-m", "data.inspect", "--dataset_config_file", str(ROOT / "configs/quickstart.yaml")),
+            *("--packs", "1", "--model_path", str(run / "base")),
+        ],
+        cwd=tmp_path, env={**env, "WEFT_DATA": str(run / "data"), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    tasks = re.search(r"samples of (\d+) tasks", shown.stdout)
+    assert tasks is not None and int(tasks[1]) >= 4
+    assert (tmp_path / "pack.png").stat().st_size > 1000
 
     # What was trained says the same through the KV cache as in the training forward, for every kind of prediction.
     checked = subprocess.run(

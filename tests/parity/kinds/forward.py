@@ -48,7 +48,7 @@ def run(folder: Path) -> Comparison:
         kind, _, name = key.partition("/")
         if kind not in ("grad", "grad_norm") or name in rounding:
             continue
-        ours = gradients.get(name, torch.zeros(()))  # a missing gradient is as good as a zero one
+        ours = gradients.get(name, torch.zeros_like(value))  # a missing gradient is as good as a zero one
         if kind == "grad_norm":
             # Gradients below 1e-6 are zero up to rounding.
             norm, theirs = ours.double().norm(), value.double()

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 
 from scripts import quickstart
-from scripts.quickstart import Stage, StageFailed, run_stages
+from scripts.quickstart import NotOurs, Stage, StageFailed, run_stages
 
 PLACES = {"python": sys.executable}
 
 
-def _stages(run, second="pass"):
+def _stages(run, second="pass", again=True):
     count = f"open(r'{run}/count', 'a').write('x')"
     return (
         Stage(name="first", steps=((f'{{python}} -c "{count}; print(1)"',),), writes=("made",)),
         Stage(
-            name="second", steps=((f'{{python}} -c "{second}"', '{python} -c "print(2)"'),), writes=("made2",)
+            name="second",
+            steps=((f'{{python}} -c "{second}"', '{python} -c "print(2)"'),),
+            writes=("made2",),
+            again=again,
         ),
     )
 
@@ -53,6 +56,30 @@ def test_other_commands_start_afresh_and_the_same_go_on(tmp_path):
     assert (tmp_path / "count").read_text() == "x"
 
 
+def test_what_another_run_made_is_left_alone(tmp_path):
+    broken = _stages(tmp_path, second="raise SystemExit(3)", again=False)
+    with pytest.raises(StageFailed):
+        run_stages(broken, tmp_path, PLACES)
+    (tmp_path / "made2").mkdir()
+    with pytest.raises(NotOurs, match="made2 was made by a quickstart with other settings"):
+        run_stages(_stages(tmp_path, again=False), tmp_path, PLACES)
+    assert (tmp_path / "made2").exists()
+
+
+def test_what_somebody_else_made_is_left_alone(tmp_path):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(NotOurs, match="made is there and was not made by this program; choose another"):
+        run_stages(_stages(tmp_path), tmp_path, PLACES)
+    assert (tmp_path / "made").exists() and not (tmp_path / "count").exists()
+
+
+def test_the_number_of_processes_does_not_make_other_data(tmp_path):
+    data = quickstart.stages(2)[0]
+    places = {"run": "r", "seed": "0", "python": "python", "small_data": ""}
+    few, many = (quickstart.fingerprint(data, {**places, "workers": n}, "") for n in ("2", "4"))
+    assert few == many
+
+
 def test_a_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path):
     stage = Stage(
         name="bad",
@@ -67,7 +94,14 @@ def test_a_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path):
 
 
 def test_every_command_of_the_table_can_be_filled_in(tmp_path):
-    places = {"run": str(tmp_path), "seed": "0", "nproc": "2", "python": "python", "torchrun": "torchrun"}
+    places = {
+        "run": str(tmp_path),
+        "seed": "0",
+        "nproc": "2",
+        "workers": "2",
+        "python": "python",
+        "torchrun": "torchrun",
+    }
     places |= {f"small_{stage}": "" for stage in quickstart.SMOKE}
     for stage in (*quickstart.stages(2), quickstart.REPORT):
         for step in stage.steps:
