@@ -1,5 +1,6 @@
 # make demo    environment, data, training, evaluation: runs/quickstart/ (about 25 minutes on 2 cores)
 # make test    environment, whole test suite
+# make parity  our numbers beside the published system's, as a table: docs/parity.md
 # make check   format, lint, types, quick unit tests: before every commit
 
 VENV ?= .venv
@@ -18,7 +19,7 @@ unexport PYTHONPATH
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help environment demo check test test-unit test-dist test-e2e bench clean
+.PHONY: help environment demo check test test-unit test-dist test-e2e parity bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -49,6 +50,9 @@ test-dist: $(READY)
 
 test-e2e: $(READY)
 	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+parity: $(READY)
+	$(BIN)/python -m tests.parity.run --worst --table docs/parity.md
 
 bench: $(READY)
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "# $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -115,16 +115,19 @@ def finish_sample(
         "gen_image": 0.0,
     }
     segments: list[Segment] = []
+    timestep = 0.0
     for segment in sample.segments:
         # Every segment draws all three, used or not: its noise does not change with the dropout
         # probabilities.
         uniform, normal, noise_seed = rng.random(), rng.standard_normal(), int(rng.integers(2**63 - 1))
+        if segment.kind == "gen_image" and not segment.same_split:
+            timestep = _timestep(normal, timestep_shift)
         is_vae = segment.kind in ("cond_image", "gen_image")
         segments.append(
             replace(
                 segment,
                 dropped=segment.droppable and uniform < probability[segment.kind],
-                timestep=_timestep(normal, timestep_shift) if segment.kind == "gen_image" else 0.0,
+                timestep=timestep if segment.kind == "gen_image" else 0.0,
                 noise_seed=noise_seed if is_vae else 0,
             )
         )

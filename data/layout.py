@@ -17,6 +17,8 @@ from torch import Tensor
 from data.tokens import SpecialTokens
 from data.types import EMPTY_IDS, Mode, Sample, Segment
 
+EMPTY_WEIGHTS = torch.zeros(0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpec:
@@ -81,6 +83,7 @@ class SegmentLayout:
         text_ids, text_at: `t` int64, text and marker tokens and their places.
         patch_hw: rows and columns of patches (0, 0 for text); patches stand at 1 … rows x columns.
         label_at, label_ids: `c` int64, supervised places and what each has to predict.
+        label_weight: `c` float32, 1/sqrt(predictions of the text): long answers do not drown short ones; 1 for an `end_label`.
         position: `length` int64, rotary positions counted from the sample's counter.
         advance: what the sample's rotary counter grows by.
         id_offset: place of the segment's own `ids[0]`.
@@ -93,6 +96,7 @@ class SegmentLayout:
     patch_hw: tuple[int, int]
     label_at: Tensor
     label_ids: Tensor
+    label_weight: Tensor
     position: Tensor
     advance: int
     id_offset: int = 0
@@ -148,29 +152,33 @@ def num_tokens(sample: Sample, spec: LayoutSpec) -> int:
 
 def lay_out(segment: Segment, spec: LayoutSpec, special: SpecialTokens) -> SegmentLayout:
     """Tokens, positions and labels of one segment."""
-    mode = MODES[segment.kind]
+    # Frames of a video see each other, and are seen.
+    mode = MODES[segment.kind] if segment.frame_delta is None else "full"
     if segment.dropped:
         # A left-out image keeps its rotary position as a gap; a left-out text leaves none.
         advance = 0 if segment.kind == "text" else 1
         return SegmentLayout(
             length=0, mode=mode, text_ids=EMPTY_IDS, text_at=EMPTY_IDS, patch_hw=(0, 0), label_at=EMPTY_IDS,
-            label_ids=EMPTY_IDS, position=EMPTY_IDS, advance=advance,
+            label_ids=EMPTY_IDS, label_weight=EMPTY_WEIGHTS, position=EMPTY_IDS, advance=advance,
         )  # fmt: skip
     if segment.kind == "text":
         return _lay_out_text(segment, special)
     rows, cols = patch_grid(segment, spec)
     length = rows * cols + 2
+    # What follows a noised image takes its place: at inference the finished image is encoded again, clean, at this position.
+    advance = 0 if segment.kind == "gen_image" else 1
+    end_label = EMPTY_IDS if segment.end_label is None else torch.tensor([segment.end_label])
     return SegmentLayout(
         length=length,
         mode=mode,
         text_ids=torch.tensor([special.image_start, special.image_end]),
         text_at=torch.tensor([0, length - 1]),
         patch_hw=(rows, cols),
-        label_at=EMPTY_IDS,
-        label_ids=EMPTY_IDS,
+        label_at=torch.full_like(end_label, length - 1),
+        label_ids=end_label,
+        label_weight=torch.ones(len(end_label)),
         position=torch.zeros(length, dtype=torch.int64),
-        # What follows a noised image takes its place: at inference the finished image is encoded again, clean, at this position.
-        advance=0 if segment.kind == "gen_image" else 1,
+        advance=advance if segment.frame_delta is None else segment.frame_delta,
     )
 
 
@@ -180,14 +188,22 @@ def _lay_out_text(segment: Segment, special: SpecialTokens) -> SegmentLayout:
         ids = torch.cat([ids.new_tensor([special.begin]), ids, ids.new_tensor([special.end])])
     at = torch.arange(len(ids))
     labelled = segment.supervised and not segment.bare
+    label_at, label_ids = (at[:-1], ids[1:]) if labelled else (EMPTY_IDS, EMPTY_IDS)
+    # Weight of each of n+1 predictions, n = tokens of the text.
+    weight = torch.full((len(label_ids),), max(1, len(label_ids)) ** -0.5)
+    if segment.end_label is not None:
+        label_at = torch.cat([label_at, at[-1:]])
+        label_ids = torch.cat([label_ids, label_ids.new_tensor([segment.end_label])])
+        weight = torch.cat([weight, torch.ones(1)])
     return SegmentLayout(
         length=len(ids),
         mode="causal",
         text_ids=ids,
         text_at=at,
         patch_hw=(0, 0),
-        label_at=at[:-1] if labelled else EMPTY_IDS,
-        label_ids=ids[1:] if labelled else EMPTY_IDS,
+        label_at=label_at,
+        label_ids=label_ids,
+        label_weight=weight,
         position=at,
         advance=len(ids),
         id_offset=0 if segment.bare else 1,

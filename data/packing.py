@@ -39,7 +39,7 @@ def pack(
     out = _Fields(spec)
     sample_lens: list[int] = []
     for i, sample in enumerate(samples):
-        start = out.length
+        start, out.open_split = out.length, False
         # Rotary counter of the trunk (0) and of each branch, which starts where the trunk stands.
         counter = {0: position_start[i] if position_start is not None else 0}
         token_of: list[int] = []
@@ -104,6 +104,7 @@ class _Fields:
         self.split_lens: list[int] = []
         self.split_modes: list[Mode] = []
         self.split_branches: list[int] = []
+        self.open_split = False
 
     def add(self, segment: Segment, layout: SegmentLayout, counter: int) -> None:
         if not layout.length:
@@ -113,13 +114,16 @@ class _Fields:
         self.position.append(layout.position + counter)
         self.label_ids.append(layout.label_ids)
         self.label_index.append(layout.label_at + self.length)
-        # Weight of each of n+1 predictions, n = tokens of the text: long answers do not drown short ones.
-        self.label_weight.append(torch.full((len(layout.label_ids),), max(1, len(layout.label_ids)) ** -0.5))
+        self.label_weight.append(layout.label_weight)
         if segment.kind != "text":
             self._add_patches(segment, layout.patch_hw)
-        self.split_lens.append(layout.length)
-        self.split_modes.append(layout.mode)
-        self.split_branches.append(segment.branch)
+        if segment.same_split and self.open_split:
+            self.split_lens[-1] += layout.length
+        else:
+            self.split_lens.append(layout.length)
+            self.split_modes.append(layout.mode)
+            self.split_branches.append(segment.branch)
+        self.open_split = True
         self.length += layout.length
 
     def _add_patches(self, segment: Segment, hw: tuple[int, int]) -> None:

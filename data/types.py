@@ -38,6 +38,10 @@ class Segment:
         branch: 0 for the sample's trunk. Segments of one branch k > 0 see the trunk before them and each other; nobody outside
             the branch sees them, and rotary positions start where the trunk's stood. So several questions about one picture share
             its tokens without seeing each other's answers: each trains as if asked alone.
+        end_label: what the closing token has to predict besides (the next modality, say `<|vision_start|>`); None: nothing.
+        frame_delta: of an image that is a frame of a video: what the rotary positions grow by until the next frame. A target's
+            frames are then seen by what follows them, as published.
+        same_split: a further frame of the video that the segment before it belongs to: they see each other, and share a timestep.
         timestep: of a `gen_image`, in (0, 1], after the schedule's shift; 0 for everything else.
         noise_seed: of images that pass the VAE; seeds the posterior sample and the flow noise.
     """
@@ -50,6 +54,9 @@ class Segment:
     dropped: bool = False
     bare: bool = False
     branch: int = 0
+    end_label: int | None = None
+    frame_delta: int | None = None
+    same_split: bool = False
     timestep: float = 0.0
     noise_seed: int = 0
 

@@ -1,6 +1,6 @@
 """A picture of any mode and size becomes `3 hh ww` uint8 pixels whose sides are multiples of a stride.
 
-The resize rule is the published one (tests/unit/data/test_transforms.py holds it against a table of the published code's sizes),
+The resize rule is the published one (tests/parity holds it against a table of the published code's sizes),
 so that a checkpoint sees the sizes it was trained with. Pixels stay uint8: `(x / 255 - 0.5) / 0.5` happens on the device.
 """
 

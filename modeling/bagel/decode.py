@@ -296,7 +296,7 @@ class Decoder:
         width = self.model.config.latent_token_width
         noise = [seeded_noise(s, (n, width), self.device) for s, n in zip(seeds, counts, strict=True)]
         x = self.denoise([c for c in contexts if c is not None], batches, torch.cat(noise), options)
-        return self._decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
+        return self.decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
 
     @torch.inference_mode()
     def denoise(
@@ -336,7 +336,9 @@ class Decoder:
             x = x - guided * (now - after)
         return x
 
-    def _decode(self, tokens: Tensor, grid: Sequence[tuple[int, int]]) -> list[Tensor]:
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, grid: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Latent patches `l (p p z)` of images of `grid` rows and columns of patches -> their pixels, `3 hh ww` uint8 each."""
         latents = [
             unpatchify_latent(part, *hw, self.encoder.patch)
             for part, hw in zip(tokens.split([h * w for h, w in grid]), grid, strict=True)

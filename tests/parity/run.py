@@ -1,7 +1,8 @@
 """Run golden cases: `python -m tests.parity.run CASE_DIR [CASE_DIR ...]`.
 
 Out: one JSON object per case on standard output, with the largest absolute and relative error of every output and its tolerance.
-A directory that is no case stands for all cases below it. Exit code 0 if all agree, 1 if one does not, 2 if one cannot be run.
+A directory that is no case stands for all cases below it; without any, the committed cases and those beside the checkout run.
+`--table FILE` writes a Markdown table of what was compared. Exit code 0 if all agree, 1 if one does not, 2 if one cannot be run.
 """
 
 import argparse
@@ -14,7 +15,23 @@ from typing import Any
 
 import torch
 
-from tests.parity.kinds import find_cases, kind_of, run_case
+from tests.parity.comparison import Comparison, Row
+from tests.parity.kinds import NOT_BUILT, find_cases, kind_of, run_case
+
+Line = tuple[str, str, Comparison]
+
+HEADER = """# Parity
+
+Our numbers beside the published system's (upstream Bagel 056b5fd, tiny random models, float32 on a CPU). Written by
+`make parity`; the cases are described in `tests/parity/golden/README.md`. "Worst" is the output nearest to its tolerance, its
+error the largest absolute difference over the largest expected value. Indexes, ids, masks and sizes have to be the same.
+
+| kind | case | outputs | worst | error | allowed | all agree |
+|---|---|---|---|---|---|---|"""
+
+COMMITTED = Path(__file__).parent / "golden"
+BESIDE = Path(__file__).parents[3] / "shared" / "golden"
+"""All golden cases, where the checkout has them as a neighbour."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case_dirs", nargs="+", type=Path, metavar="CASE_DIR")
+    parser.add_argument("case_dirs", nargs="*", type=Path, metavar="CASE_DIR")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
     parser.add_argument("--worst", action="store_true", help="only the worst output of each case")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     code = 0
-    for folder in _cases(args.case_dirs):
+    lines: list[Line] = []
+    for folder in _cases(args.case_dirs or [BESIDE if BESIDE.is_dir() else COMMITTED]):
+        if folder.name in NOT_BUILT:
+            _write({"case": str(folder), "kind": kind_of(folder), "skipped": NOT_BUILT[folder.name]})
+            continue
         try:
             found = run_case(folder)
         except (ValueError, OSError, KeyError, RuntimeError) as error:
@@ -42,7 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = {"case": str(folder), "kind": kind_of(folder), "ok": ok, "compared": len(found.rows)}
         _write({**facts, "outputs": outputs})
         code = code or int(not ok)
+        lines.append((kind_of(folder) or "", folder.name, found))
+    if args.table is not None:
+        args.table.write_text(table(lines), encoding="utf-8")
     return code
+
+
+def table(lines: Sequence[Line]) -> str:
+    """One row per case, and what is left out."""
+    rows = [
+        f"| {kind} | {name} | {len(found.rows)} | {worst.name} | {worst.relative:.1e} | {_allowed(worst)} | "
+        f"{'yes' if all(row.ok for row in found.rows) else '**no**'} |"
+        for kind, name, found in lines
+        for worst in [found.worst()]
+    ]
+    left_out = [f"- {name}: {why}." for name, why in NOT_BUILT.items()]
+    return "\n".join([HEADER, *rows, "", "Left out:", "", *left_out, ""])
+
+
+def _allowed(row: Row) -> str:
+    return f"{row.tolerance:.0e}" if row.tolerance else "exact"
 
 
 def _write(line: dict[str, Any]) -> None:

@@ -1,7 +1,4 @@
-"""The published system's numbers on tiny models, number by number: every golden case that lies beside the checkout.
-
-A clone without them runs the comparisons with independent implementations in this folder instead.
-"""
+"""The published system's numbers on tiny models, number by number: the committed golden cases, and all where they lie beside."""
 
 import json
 import shutil
@@ -13,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.parity import run
 from tests.parity.kinds import KINDS, NOT_BUILT, find_cases, kind_of, run_case
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
-CASES = [c for c in find_cases(GOLDEN) if c.name not in NOT_BUILT] if GOLDEN.is_dir() else []
-
-pytestmark = pytest.mark.skipif(not CASES, reason="the golden folder is not beside this checkout")
+COMMITTED = Path(__file__).parent / "golden"
+GOLDEN = next(folder for folder in (run.BESIDE, COMMITTED) if folder.is_dir())
+CASES = [c for c in find_cases(GOLDEN) if c.name not in NOT_BUILT]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: str(c.relative_to(GOLDEN)))
@@ -26,13 +22,13 @@ def test_same_numbers(case: Path) -> None:
     assert not [row for row in found.rows if not row.ok]
 
 
-def test_every_kind_has_a_case() -> None:
-    assert {kind_of(case) for case in CASES} == set(KINDS)
+def test_every_kind_has_a_committed_case() -> None:
+    assert {kind_of(case) for case in find_cases(COMMITTED)} == set(KINDS)
 
 
 def test_one_changed_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = tmp_path / "learned_pos"
-    shutil.copytree(GOLDEN / "siglip_navit" / "learned_pos", case)
+    case = tmp_path / "rope2d"
+    shutil.copytree(COMMITTED / "siglip_navit" / "rope2d", case)
     assert run.main([str(case)]) == 0
     expected = load_file(case / "expected.safetensors")
     expected["output"][3, 5] += 1e-3

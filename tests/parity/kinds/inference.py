@@ -1,4 +1,4 @@
-"""Cached prefill, greedy text and guided sampling."""
+"""Cached prefill, greedy text, guided sampling, and the whole chain from pictures to pictures."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data.layout import LayoutSpec
 from data.tokens import SpecialTokens
+from data.transforms.image import ImageTransform
 from data.types import PackedBatch, Segment
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.decode import Context, Decoder, DrawOptions
-from modeling.ops.patch import patchify_latent
+from modeling.ops.patch import normalise_pixels, patchify_latent, unpatchify_latent
 from modeling.types import FlowState
 from tests.parity.comparison import Comparison
-from tests.parity.kinds.models import build_model
+from tests.parity.kinds.models import build_autoencoder, build_model
 
-TOLERANCE, LATENT_TOLERANCE = 1e-5, 3e-5
+TOLERANCE, LATENT_TOLERANCE, PIXEL_TOLERANCE = 1e-5, 3e-5, 2e-5
 
 Json = Mapping[str, Any]
 
@@ -30,6 +33,7 @@ class GivenLatents:
     def __init__(self, patch: int, channels: int):
         self.patch, self.channels = patch, channels
         self.latents: list[Tensor] = []
+        self.vae: AutoEncoder | None = None
 
     def seed(self, latent: Tensor) -> int:
         """The `noise_seed` under which `z h w` will be found."""
@@ -64,7 +68,23 @@ class Case:
         self.latents = GivenLatents(self.config["latent_patch_size"], self.config["vae_config"]["z_channels"])
         self.stride = self.config["vae_config"]["downsample"] * self.config["latent_patch_size"]
         self.decoder = self._decoder(self.config["special_tokens"]["eos_token_id"])
+        self.answers = json.loads((folder / "expected.json").read_text())
+        self.model_dir = model_dir
         self.found = Comparison()
+
+    def autoencoder(self) -> AutoEncoder:
+        """The VAE of the whole chain."""
+        return build_autoencoder(
+            json.loads((self.model_dir / "vae_config.json").read_text()),
+            load_file(self.model_dir / "ae.safetensors"),
+        )
+
+    def read(self, segments: Sequence[Segment]) -> Context:
+        """The context of one sequence of these."""
+        context = self.decoder.start(1)
+        for segment in segments:
+            self.decoder.prefill(context, [segment])
+        return context
 
     def _decoder(self, end: int) -> Decoder:
         ids = self.config["special_tokens"]
@@ -192,7 +212,7 @@ def _denoise(
 def _options(params: Json) -> DrawOptions:
     return DrawOptions(
         num_timesteps=params["num_timesteps"],
-        timestep_shift=params["timestep_shift"],
+        timestep_shift=params.get("timestep_shift", 3.0),
         cfg_text_scale=params["cfg_text_scale"],
         cfg_img_scale=params["cfg_img_scale"],
         cfg_interval=tuple(params.get("cfg_interval", (0.4, 1.0))),
@@ -202,4 +222,60 @@ def _options(params: Json) -> DrawOptions:
     )
 
 
-RUNNERS: Mapping[str, Callable[[Case], None]] = {"text": run_text, "image": run_image}
+def run_chain(case: Case) -> None:
+    """Pictures and texts in, an answer or a picture out: transforms, VAE, contexts, sampling, decoding."""
+    params = case.facts["params"]
+    vae_transform, vit_transform = (_transform(case.facts[f"{name}_transform"]) for name in ("vae", "vit"))
+    vae, understanding = case.autoencoder(), params.get("understanding_output", False)
+    gen: list[Segment] = []
+    without_text: list[Segment] = []
+    texts: list[Segment] = []
+    size, number = tuple(params.get("image_shapes", ())), 0
+    for item in case.facts["inputs"]:
+        if "text" in item:
+            without_text = list(gen)
+            texts.append(Segment(kind="text", ids=torch.tensor(item["ids"], dtype=torch.int64)))
+            gen.append(texts[-1])
+            continue
+        pixels = vae_transform(Image.fromarray(case.inputs[item["image"]].numpy()))
+        size = (pixels.shape[1], pixels.shape[2])
+        if not understanding:
+            values = normalise_pixels(pixels)[None]
+            latent = vae.encode(values, case.inputs[case.facts["vae_encode_noise"][number]])
+            case.found.close(
+                f"vae_input.{number}", values, case.expected[f"vae_input.{number}"], PIXEL_TOLERANCE
+            )
+            case.found.close(
+                f"vae_encoded.{number}", latent, case.expected[f"vae_encoded.{number}"], TOLERANCE
+            )
+            gen.append(Segment(kind="cond_image", pixels=pixels, noise_seed=case.latents.seed(latent[0])))
+        resized = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        gen.append(Segment(kind="und_image", pixels=vit_transform(resized)))
+        without_text = list(gen)
+        number += 1
+    if understanding:
+        ids, _ = case.write(case.read(gen), params["max_think_token_n"], None)
+        case.found.equal("generated", ids[0], case.answers["generated"][1:])
+        return
+    contexts = {"gen": case.read(gen), "cfg_text": case.read(without_text), "cfg_img": case.read(texts)}
+    tokens = _denoise(case, contexts, [(int(size[0]), int(size[1]))], _options(params))
+    rows, columns = (int(side) // case.stride for side in size)
+    latent = unpatchify_latent(tokens, rows, columns, case.latents.patch)[None]
+    case.found.close("final_latent", latent, case.expected["final_latent_chw"], LATENT_TOLERANCE)
+    case.found.close("decoded_pixels", vae.decode(latent), case.expected["decoded_pixels"], PIXEL_TOLERANCE)
+    case.latents.vae = vae
+    (picture,) = case.decoder.decode(tokens, [(rows, columns)])
+    theirs = case.expected["final_image_uint8_hwc"].int()
+    off = (picture.permute(1, 2, 0).int() - theirs).abs().max()
+    case.found.equal("final_image (one level)", bool(off <= 1), True)
+
+
+def _transform(parameters: Json) -> ImageTransform:
+    return ImageTransform(
+        max_image_size=parameters["max_image_size"],
+        min_image_size=parameters["min_image_size"],
+        stride=parameters["image_stride"],
+    )
+
+
+RUNNERS: Mapping[str, Callable[[Case], None]] = {"text": run_text, "image": run_image, "e2e": run_chain}

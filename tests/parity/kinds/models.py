@@ -1,13 +1,18 @@
 """The tiny models and packs of golden cases in this project's types."""
 
 import itertools
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.types import PackedBatch
+from modeling.autoencoder import AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.ops.flow import interpolate_path, shift_time
@@ -56,6 +61,14 @@ def build_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Bag
     if frozen.get("freeze_vit"):
         model.vit_model.requires_grad_(False)
     return model
+
+
+def build_autoencoder(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> AutoEncoder:
+    """The case's VAE, loaded as any `ae.safetensors`."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_file(dict(weights), Path(directory) / "ae.safetensors")
+        (Path(directory) / "ae_config.json").write_text(json.dumps(config))
+        return load_autoencoder(directory).eval().requires_grad_(False)
 
 
 def pack_of(

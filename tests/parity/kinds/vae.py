@@ -1,14 +1,13 @@
 """The FLUX-style autoencoder alone."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from modeling.autoencoder import load_autoencoder
 from tests.parity.comparison import Comparison
+from tests.parity.kinds.models import build_autoencoder
 
 TOLERANCE, PIXEL_TOLERANCE = 1e-5, 2e-5
 
@@ -16,11 +15,8 @@ TOLERANCE, PIXEL_TOLERANCE = 1e-5, 2e-5
 def run(folder: Path) -> Comparison:
     """Moments, latents from the mean and from a sample, decoded pictures; loaded as any `ae.safetensors`."""
     inputs, expected = (load_file(folder / f"{n}.safetensors") for n in ("inputs", "expected"))
-    with tempfile.TemporaryDirectory() as directory:
-        save_file(load_file(folder / "weights.safetensors"), Path(directory) / "ae.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        (Path(directory) / "ae_config.json").write_text(json.dumps(config))
-        model = load_autoencoder(directory)
+    config = json.loads((folder / "config.json").read_text())
+    model = build_autoencoder(config, load_file(folder / "weights.safetensors"))
     found = Comparison()
     with torch.no_grad():
         for key, image in inputs.items():
