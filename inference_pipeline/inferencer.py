@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from data.conversation import image_segment, prompt_segments
-from data.layout import LayoutSpec
 from data.tokens import Tokenizer
 from data.transforms.image import ImageTransform, to_rgb
 from data.types import Kind, Segment
@@ -90,7 +89,7 @@ class Inferencer:
         model = load_model(path, weights, device)
         tokenizer = Tokenizer(path)
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
-        decoder = Decoder(model, encoder, LayoutSpec.from_model_dir(path), tokenizer.special)
+        decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)
         transforms = _read_transforms(Path(path) / "preprocessor_config.json")
         return Inferencer(decoder, tokenizer, transforms["vit"], transforms["vae"])
 

@@ -3,22 +3,21 @@
 The trainer shards the empty model first and then asks for one value after the other; inference fills it at once.
 """
 
+import difflib
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.init import fixed_tables, initial_value
+from modeling.weights import TOWER, WEIGHTS, Weights, find_weights, open_weights
 
 logger = logging.getLogger(__name__)
-
-TOWER = "vit_model.safetensors"
-WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 
 
 def build_model(model_dir: str | Path) -> Bagel:
@@ -36,49 +35,62 @@ def initial_values(config: BagelConfig, seed: int) -> Callable[[str, torch.Size]
 def weights_kind(model_dir: str | Path, *, prefer_ema: bool) -> str:
     """`ema` or `model`: the preferred one if the directory has it, else the one it has."""
     kinds = ("ema", "model") if prefer_ema else ("model", "ema")
-    return next((kind for kind in kinds if (Path(model_dir) / WEIGHTS[kind]).is_file()), kinds[0])
+    return next((kind for kind in kinds if find_weights(model_dir, kind)), kinds[0])
 
 
 def stored_values(model_dir: str | Path, model: Bagel, weights: str) -> Callable[[str, torch.Size], Tensor]:
     """Values of a checkpoint in the published layout, read one tensor at a time.
 
     Args:
-        model_dir: holds `ema.safetensors` and/or `model.safetensors`.
+        model_dir: holds the weights (see `modeling.weights`).
         model: what the values are for; position tables are computed, not read.
         weights: `ema` or `model`.
 
     Raises:
-        ValueError: if the file is missing or damaged, or lacks a parameter, or holds one of another shape.
+        ValueError: if the weights are missing or damaged, lack a parameter, or hold one of another shape.
     """
-    file = Path(model_dir) / WEIGHTS[weights]
-    if not file.is_file():
+    file = find_weights(model_dir, weights)
+    if file is None:
         raise ValueError(
-            f"{file}: no weights here; train or export a model first, or ask for --from_scratch True"
+            f"{Path(model_dir) / WEIGHTS[weights]}: no weights here; train or export a model first, or ask for "
+            "--from_scratch True"
         )
-    tables = fixed_tables(model.config)
+    store, tables = open_weights(file), fixed_tables(model.config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tables}
-    try:
-        store = safe_open(file, framework="pt")
-        held = {key: tuple(store.get_slice(key).get_shape()) for key in store.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
-    missing = sorted(shapes.keys() - held.keys())
-    unexpected = sorted(held.keys() - shapes.keys() - tables.keys())
-    wrong = sorted(k for k in shapes.keys() & held.keys() if shapes[k] != held[k])
-    logger.info(
-        "%s: %d of %d tensors loaded, %d not used",
-        file,
-        len(shapes) - len(missing),
-        len(shapes),
-        len(unexpected),
+    _require_complete(store, shapes)
+    return lambda name, shape: tables[name] if name in tables else store.read(name)
+
+
+def _require_complete(store: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Say by component what is found, and stop if anything is missing."""
+    missing = sorted(wanted.keys() - store.shapes.keys())
+    unexpected = sorted(store.shapes.keys() - wanted.keys())
+    wrong = sorted(k for k in wanted.keys() & store.shapes.keys() if wanted[k] != store.shapes[k])
+    total, absent, extra = (
+        Counter(map(_component, keys)) for keys in (wanted, [*missing, *wrong], unexpected)
     )
-    if missing or wrong:
-        lines = [f"lacks {k}" for k in missing[:5]]
-        lines += [f"{k} is {list(held[k])}, the configuration says {list(shapes[k])}" for k in wrong[:5]]
-        raise ValueError(
-            f"{file}: {len(missing)} tensors missing, {len(wrong)} of another shape: {'; '.join(lines)}"
-        )
-    return lambda name, shape: tables[name] if name in tables else store.get_tensor(name)
+    for part in sorted({*total, *extra}):
+        logger.info("%s: %s: %d of %d tensors loaded, %d in the file not used", store.name.name, part,
+                    total[part] - absent[part], total[part], extra[part])  # fmt: skip
+    if not missing and not wrong:
+        return
+    lines = [f"lacks {k}{_nearest(k, unexpected)}" for k in missing[:5]]
+    lines += [f"{k} is {list(store.shapes[k])}, the configuration says {list(wanted[k])}" for k in wrong[:5]]
+    raise ValueError(
+        f"{store.name}: {len(missing)} tensors missing, {len(wrong)} of another shape: {'; '.join(lines)}"
+    )
+
+
+def _component(key: str) -> str:
+    """`heads.box.key.weight` -> `heads.box`; `vit_model.…` -> `vit_model`."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0] == "heads" else parts[0]
+
+
+def _nearest(key: str, unexpected: Sequence[str]) -> str:
+    """A key of the file that nothing asked for and that may be the one, misnamed."""
+    close = difflib.get_close_matches(key, unexpected, n=1, cutoff=0.9)
+    return f" (it has {close[0]}, which nothing uses)" if close else ""
 
 
 def with_tower(
@@ -94,11 +106,12 @@ def with_tower(
         n.removeprefix(prefix): tuple(p.shape) for n, p in model.named_parameters() if n.startswith(prefix)
     }
     try:
-        store = safe_open(file, framework="pt")
-        held = {key: tuple(store.get_slice(key).get_shape()) for key in store.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"--vit_path {file}: cannot be read as safetensors ({e})") from e
-    if wrong := sorted(key for key in wanted.keys() | held.keys() if wanted.get(key) != held.get(key)):
+        store = open_weights(file)
+    except ValueError as e:
+        raise ValueError(f"--vit_path {e}") from e
+    if wrong := sorted(
+        key for key in wanted.keys() | store.shapes.keys() if wanted.get(key) != store.shapes.get(key)
+    ):
         raise ValueError(
             f"--vit_path {file}: {len(wrong)} tensors are missing, unexpected or of another shape than vit_config.json says, "
             f"first {wrong[0]}"
@@ -106,7 +119,7 @@ def with_tower(
     logger.info("%s: the vision tower's %d tensors loaded", file, len(wanted))
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        return store.get_tensor(name.removeprefix(prefix)) if name.startswith(prefix) else values(name, shape)
+        return store.read(name.removeprefix(prefix)) if name.startswith(prefix) else values(name, shape)
 
     return value
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modeling.build import WEIGHTS
+from modeling.weights import WEIGHTS
 from train.distributed.collectives import on_main
 from train.distributed.sharding import full_tensors
 from train.state import TrainState

@@ -5,6 +5,7 @@ Reads as the table of contents of a training run; `--help` lists the flags.
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
@@ -17,7 +18,7 @@ from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
 from data.stream import PackBudget, StreamPlan, make_sample
 from data.tokens import Tokenizer
-from data.types import Reject
+from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.latents import LatentEncoder
@@ -57,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s", describe(model, args.params, args.optim.lr))
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
         vae = load_autoencoder(args.model.model_path, world.device)
+        plan = stream_plan(args, groups, tokenizer, model.config.layout)
         if args.train.validate_only:
-            return validate(args, model, groups, tokenizer, world)
+            return validate(model, plan, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
         materialise(model, world.device, values)
 
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
             group_sizes={g.name: len(g.source) for g in groups},
         )
-        batches = open_loader(args, groups, tokenizer, world, state)
+        batches = open_loader(args, plan, world, state)
         with Reporter(
             Path(args.checkpoint.results_dir),
             first_step=state.step,
@@ -103,10 +105,10 @@ def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
     return with_tower(values, args.model.vit_path, model) if args.model.vit_path else values
 
 
-def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World, state: TrainState):
+def open_loader(args: Args, plan: StreamPlan, world: World, state: TrainState) -> Iterator[PackedBatch]:
     """The packs of this rank, from where the state stands."""
     return build_loader(
-        stream_plan(args, groups, tokenizer),
+        plan,
         rank=world.rank,
         world_size=world.size,
         num_workers=args.data.num_workers,
@@ -116,12 +118,14 @@ def open_loader(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, wor
     )
 
 
-def stream_plan(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer) -> StreamPlan:
+def stream_plan(
+    args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, layout: LayoutSpec
+) -> StreamPlan:
     """Everything that decides which packs come."""
     data = args.data
     return StreamPlan(
         groups=groups,
-        layout=LayoutSpec.from_model_dir(args.model.model_path),
+        layout=layout,
         special=tokenizer.special,
         budget=PackBudget(
             expected=data.expected_num_tokens,
@@ -139,7 +143,7 @@ def stream_plan(args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer) -> 
     )
 
 
-def validate(args: Args, model: Bagel, groups: tuple[Group, ...], tokenizer: Tokenizer, world: World) -> None:
+def validate(model: Bagel, plan: StreamPlan, world: World) -> None:
     """`--validate_only`: show what would be trained on what, and make a sample of the first record of every group.
 
     Raises:
@@ -147,9 +151,8 @@ def validate(args: Args, model: Bagel, groups: tuple[Group, ...], tokenizer: Tok
     """
     for unit in shard_plan(model.config):
         logger.info("unit %s", unit)
-    plan = stream_plan(args, groups, tokenizer)
     build_loader(plan, rank=world.rank, world_size=world.size, num_workers=0)
-    for group in groups:
+    for group in plan.groups:
         made = make_sample(plan, group, lane=0, position=0)
         if isinstance(made, Reject):
             raise ValueError(f"group {group.name}: {made.message}")
