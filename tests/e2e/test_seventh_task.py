@@ -87,5 +87,10 @@ def test_its_command_shows_the_new_samples(
     command = re.search(r"`python -m data\.inspect (.*?)`", EXAMPLE)
     assert command, "CONTRIBUTING.md does not say how to look at the new samples"
     flags = [str(mixture) if word == "configs/quickstart.yaml" else word for word in shlex.split(command[1])]
-    assert inspect.main([*flags, "--model_path", str(quickstart.model)]) == 0
+    assert (
+        inspect.main(
+            [*flags, "--model_path", str(quickstart.model), "--out", str(mixture.parent / "pack.png")]
+        )
+        == 0
+    )
     assert "What is here?" in capsys.readouterr().out

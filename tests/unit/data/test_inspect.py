@@ -75,6 +75,7 @@ def test_the_command_ends_quietly_when_nobody_reads_on(mixture, monkeypatch, cap
     os.close(reader)
     command = ["--dataset_config_file", str(mixture), "--model_path", str(mixture.parent / "model")]
     budget = ["--expected_num_tokens", str(tokens - 10), "--max_num_tokens", str(tokens)]
+    monkeypatch.chdir(mixture.parent)  # where the picture goes
     # Closing the pipe writes what is still buffered, as the end of a process does.
     with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
         patch.setattr(sys, "stdout", pipe)
