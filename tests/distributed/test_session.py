@@ -28,7 +28,7 @@ def main():
             if how == "bug":
                 raise KeyError("oops")
         barrier()
-        sys.stdout.write(f"rank {world.rank} of {world.size} done\n")  # one write: the ranks share the pipe
+        sys.stdout.write(f"rank {world.rank} of {world.size} done\\n")  # one write: the ranks share the pipe
 
 if __name__ == "__main__":
     run_entry(main)
