@@ -1,4 +1,4 @@
-# make demo    environment, data, training, evaluation: runs/quickstart/ (about 25 minutes on 2 cores)
+# make demo    environment, data, training, evaluation: runs/quickstart/ (about 20 minutes on 2 cores)
 # make test    environment, whole test suite
 # make parity  our numbers beside the published system's, as a table: docs/parity.md
 # make check   format, lint, types, quick unit tests: before every commit

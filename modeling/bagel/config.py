@@ -1,6 +1,7 @@
 """BagelConfig: everything that shapes the model, read from a model directory's JSON files."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from data.layout import LayoutSpec
 from modeling.qwen2.config import Qwen2Config
 from modeling.siglip.config import SiglipConfig
 from modeling.weights import Weights, find_weights, open_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,10 @@ def _as_stored(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The configurations, corrected by what the weights hold."""
     sides = {TABLES[key]: side for key, side in weights.table_sides.items()}
-    if weights.vit_depth:
+    # Our own directories, which have a bagel_config.json, count right: a layer too few in the file is an error there.
+    if weights.vit_depth and not bagel and weights.vit_depth != vit.get("num_hidden_layers"):
+        logger.warning("%s: holds %d layers of the vision tower, vit_config.json says %s; the file counts",
+                       weights.name, weights.vit_depth, vit.get("num_hidden_layers"))  # fmt: skip
         vit = {**vit, "num_hidden_layers": weights.vit_depth}
     if "layer_module" not in llm:
         experts = "MoT" if any("q_proj_moe_gen" in k for k in weights.shapes) else "MoE"

@@ -1,7 +1,7 @@
 """Run golden cases: `python -m tests.parity.run CASE_DIR [CASE_DIR ...]`.
 
 Out: one JSON object per case on standard output, with the largest absolute and relative error of every output and its tolerance.
-A directory that is no case stands for all cases below it; without any, the committed cases and those beside the checkout run.
+A directory that is no case stands for all cases below it; without any, all cases beside the checkout run, or the committed ones.
 `--table FILE` writes a Markdown table of what was compared. Exit code 0 if all agree, 1 if one does not, 2 if one cannot be run.
 """
 

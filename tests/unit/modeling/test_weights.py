@@ -120,6 +120,17 @@ def test_what_does_not_fit_is_named(folder: Path, tensors: Tensors) -> None:
         load_model(folder)
 
 
+def test_a_tower_cut_short_is_refused_where_the_configuration_counts_right(
+    folder: Path, tensors: Tensors
+) -> None:
+    (folder / "bagel_config.json").write_text(
+        json.dumps({"max_latent_size": 6, "vit_max_num_patch_per_side": 8})
+    )
+    save_file(tensors, folder / "ema.safetensors")  # two layers, vit_config.json says three
+    with pytest.raises(ValueError, match=r"lacks vit_model\.vision_model\.encoder\.layers\.2\."):
+        load_model(folder)
+
+
 def test_a_missing_shard_is_named(folder: Path, tensors: Tensors) -> None:
     shards(folder, tensors)
     (folder / "ema-00002-of-00002.safetensors").unlink()
