@@ -40,7 +40,10 @@ Picture = Image.Image | Path | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is asked: pictures first, then the text. `answer_first`: before drawing, let the model write its answer text."""
+    """What is asked: the pictures stand at the text's `<image>`s, or first if it has none.
+
+    `answer_first`: before drawing, let the model write its answer text.
+    """
 
     text: str
     images: tuple[Picture, ...] = ()
@@ -146,7 +149,7 @@ class Inferencer:
         roles: tuple[Kind, ...] = ("cond_image", "und_image")
         prompts = [self._prompt(r.text, seen, roles) for r, seen in zip(requests, pictures, strict=True)]
         context = self._read(prompts)
-        without_text = self._read([_before_last_text(p) for p in prompts]) if cfg_text_scale > 1 else None
+        without_text = self._read([_without_last_text(p) for p in prompts]) if cfg_text_scale > 1 else None
         without_images = (
             self._read([[s for s in p if s.kind == "text"] for p in prompts]) if cfg_img_scale > 1 else None
         )
@@ -185,9 +188,9 @@ class Inferencer:
         return context
 
 
-def _before_last_text(prompt: Sequence[Segment]) -> Sequence[Segment]:
+def _without_last_text(prompt: Sequence[Segment]) -> Sequence[Segment]:
     texts = [i for i, s in enumerate(prompt) if s.kind == "text"]
-    return prompt[: texts[-1]] if texts else prompt
+    return [s for i, s in enumerate(prompt) if i != texts[-1]] if texts else prompt
 
 
 def _answer(text: str, heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]) -> Answer:

@@ -55,7 +55,7 @@ class Question:
         sample_id: unique and stable.
         task: row of `evaluate.ASK` (vqa, box, mask, t2i, edit, text).
         main_task_type, sub_task_type: what the data calls it.
-        text: the prompt, without image placeholders.
+        text: the prompt; `<image>`s are where its pictures stand, which is first if there is none.
         images: files that belong to the prompt.
         answer: the true answer text, or what is asked for in words.
         box: true box, xyxy in pixels.
@@ -110,7 +110,7 @@ def read_edit(root: Path, split: str) -> Iterator[Question]:
                 task="edit",
                 main_task_type=row["main_task_type"],
                 sub_task_type=row["sub_task_type"],
-                text=_spoken(instruction.text),
+                text=instruction.text.strip(),
                 images=tuple(root / image["path"] for image in row["input_img"]),
                 answer=_spoken(report.text),
                 scene=_glyphs(row["meta"]["after"]),
