@@ -86,6 +86,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling of pictures")
     sampling.add_argument("--num_timesteps", type=int, default=25)
     sampling.add_argument("--cfg_text_scale", type=float, default=3.0)
+    sampling.add_argument(
+        "--edit_cfg_text_scale", type=float, help="text guidance of editing; default: --cfg_text_scale"
+    )
     sampling.add_argument("--cfg_img_scale", type=float, default=1.0, help="editing only")
     sampling.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
     sampling.add_argument("--cfg_renorm_min", type=float, default=0.0)
@@ -168,12 +171,15 @@ def generate(model: "Inferencer", batch: Sequence[Question], args: argparse.Name
     from inference_pipeline.inferencer import Prompt
 
     height, width = batch[0].size
+    text_scale = args.cfg_text_scale
+    if batch[0].task == "edit" and args.edit_cfg_text_scale is not None:
+        text_scale = args.edit_cfg_text_scale
     generations = model.generate(
         [Prompt(images=q.images, text=q.text, answer_first=q.answer_first) for q in batch],
         height=height,
         width=width,
         num_timesteps=args.num_timesteps,
-        cfg_text_scale=args.cfg_text_scale,
+        cfg_text_scale=text_scale,
         cfg_img_scale=args.cfg_img_scale,
         cfg_interval=tuple(args.cfg_interval),
         cfg_renorm_min=args.cfg_renorm_min,
