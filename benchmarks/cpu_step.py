@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.layout import LayoutSpec
 from data.mixture import build_groups, load_mixture
-from data.stream import LaneStream, PackBudget, StreamPlan
+from data.policy import PackBudget
+from data.stream import LaneStream, StreamPlan
 from data.tokens import Tokenizer
 from data.types import LaneCursor, PackedBatch
 from modeling.autoencoder import load_autoencoder, save_autoencoder

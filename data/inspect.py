@@ -19,7 +19,8 @@ from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec, lay_out
 from data.mixture import build_groups, load_mixture
 from data.packing import pack
-from data.stream import LaneStream, PackBudget, StreamPlan
+from data.policy import POLICIES, PackBudget
+from data.stream import LaneStream, StreamPlan
 from data.tokens import SpecialTokens, Tokenizer
 from data.types import LaneCursor, PackedBatch, Region, Sample, Segment
 
@@ -70,6 +71,8 @@ def build_plan(args: argparse.Namespace) -> tuple[StreamPlan, Tokenizer]:
             maximum=args.max_num_tokens,
             per_sample=args.max_num_tokens_per_sample,
             max_buffer=args.max_buffer_size,
+            prefer_buffer_before=args.prefer_buffer_before,
+            policy=args.packer,
         ),
         seed=args.data_seed,
         num_lanes=args.num_lanes,
@@ -224,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_num_tokens", type=int, default=4608)
     parser.add_argument("--max_num_tokens_per_sample", type=int, default=1024)
     parser.add_argument("--max_buffer_size", type=int, default=50)
+    parser.add_argument("--packer", choices=POLICIES, default="conserving")
+    parser.add_argument("--prefer_buffer_before", type=int, default=16384)
     for condition in ("text", "vit", "vae"):
         parser.add_argument(f"--{condition}_cond_dropout_prob", type=float, default=0.0)
     parser.add_argument("--timestep_shift", type=float, default=1.0)

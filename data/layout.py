@@ -8,7 +8,7 @@ Source: upstream Bagel 056b5fd, measured in the golden cases (packer, inference)
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -148,6 +148,11 @@ def segment_tokens(segment: Segment, spec: LayoutSpec) -> int:
 def num_tokens(sample: Sample, spec: LayoutSpec) -> int:
     """Tokens the sample takes in a pack."""
     return sum(segment_tokens(s, spec) for s in sample.segments)
+
+
+def planned_tokens(sample: Sample, spec: LayoutSpec) -> int:
+    """Tokens the sample would take if none of its conditions had been left out."""
+    return sum(segment_tokens(replace(s, dropped=False), spec) for s in sample.segments)
 
 
 def lay_out(segment: Segment, spec: LayoutSpec, special: SpecialTokens) -> SegmentLayout:

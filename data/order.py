@@ -59,17 +59,19 @@ def lane_position(lane: int, num_lanes: int, read: int) -> int:
     return lane + num_lanes * read
 
 
-def choose(cumulative: Sequence[float], seed: int, lane: int, draw: int) -> int:
-    """Which group a lane's `draw`-th choice falls on.
+def uniform(seed: int, lane: int, draw: int) -> float:
+    """A lane's `draw`-th random number, in [0, 1)."""
+    return (stable_hash("choose", seed, lane, draw) >> 11) * 2.0**-53
+
+
+def choose(cumulative: Sequence[float], number: float) -> int:
+    """Which group a random number falls on.
 
     Args:
         cumulative: running sum of the groups' weights.
-        seed: of the run's data.
-        lane: which lane chooses.
-        draw: how many choices it made before.
+        number: in [0, 1).
     """
-    uniform = (stable_hash("choose", seed, lane, draw) >> 11) * 2.0**-53
-    return min(bisect_right(cumulative, uniform * cumulative[-1]), len(cumulative) - 1)
+    return min(bisect_right(cumulative, number * cumulative[-1]), len(cumulative) - 1)
 
 
 def sample_rng(seed: int, group: str, position: int, purpose: str) -> np.random.Generator:

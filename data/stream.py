@@ -1,8 +1,8 @@
-"""Groups -> packs, one lane at a time: draw a group, read its next record, decide which samples share a pack.
+"""Groups -> packs, one lane at a time: draw a group, read its next record, let the policy say which samples share a pack.
 
 `LaneStream(plan, cursor).next_pack()` gives a `PackedBatch` whose `cursor` is the lane's whole state after
-it: a stream built from that cursor goes on with the same bytes. Nothing that was read is lost: a sample is in
-a pack, waiting, or rejected.
+it: a stream built from that cursor goes on with the same bytes. A sample that was read is in a pack, waiting, rejected, or, under
+a policy that loses samples (`data/policy.py`), counted as lost.
 """
 
 from collections import Counter
@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from data.dataset_base import DropoutSpec, SkipSample, finish_sample
-from data.layout import LayoutSpec, num_tokens
+from data.layout import LayoutSpec
 from data.mixture import Group
-from data.order import choose, lane_position, record_index, sample_rng
+from data.order import choose, lane_position, record_index, sample_rng, uniform
 from data.packing import pack
+from data.policy import POLICIES, PackBudget
 from data.tokens import SpecialTokens
 from data.types import LaneCursor, Origin, PackedBatch, Reject, Sample
 
@@ -25,38 +26,6 @@ REJECTS_IN_A_ROW = 1000
 """A lane gives up on a group after so many, whatever fraction the user allows: nothing may loop forever."""
 
 REJECTS_SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackBudget:
-    """When a pack is full.
-
-    Attributes:
-        expected: a pack is emitted once it has this many tokens.
-        maximum: no pack has more.
-        per_sample: a longer sample is rejected.
-        max_buffer: how many samples may wait before a pack is emitted short of `expected`.
-    """
-
-    expected: int
-    maximum: int
-    per_sample: int
-    max_buffer: int = 50
-
-    def __post_init__(self) -> None:
-        if not 0 < self.expected <= self.maximum:
-            raise ValueError(
-                f"--expected_num_tokens {self.expected} must be from 1 to --max_num_tokens {self.maximum}"
-            )
-        if self.per_sample < 1:
-            raise ValueError(f"--max_num_tokens_per_sample {self.per_sample} must be at least 1")
-        if self.max_buffer < 1:
-            raise ValueError(f"--max_buffer_size {self.max_buffer} must be at least 1")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample that can be used."""
-        return min(self.per_sample, self.maximum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +64,7 @@ def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sam
     except RECORD_ERRORS as e:
         reason, message = "broken_record", f"{type(e).__name__}: {e} (in {type(group.dataset).__name__})"
     else:
-        tokens = _tokens(sample, plan.layout)
+        tokens = _tokens(sample, plan)
         if tokens <= plan.budget.longest:
             return sample
         reason = "too_long"
@@ -106,9 +75,9 @@ def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sam
     return Reject(group=group.name, position=position, where=where, reason=reason, message=message)
 
 
-def _tokens(sample: Sample, layout: LayoutSpec) -> int:
+def _tokens(sample: Sample, plan: StreamPlan) -> int:
     try:
-        return num_tokens(sample, layout)
+        return POLICIES[plan.budget.policy].length(sample, plan.layout)
     except ValueError as e:  # the transform does not suit the model: no fault of the record, so no reject
         raise ValueError(f"group {sample.origin.group!r}, {sample.origin.where}: {e}") from e
 
@@ -127,13 +96,15 @@ class LaneStream:
     def __init__(self, plan: StreamPlan, cursor: LaneCursor):
         self.plan = plan
         self.lane = cursor.lane
+        self.groups, self.layout, self.budget = plan.groups, plan.layout, plan.budget
         self._groups = {g.name: g for g in plan.groups}
         self._cumulative = list(accumulate(g.weight for g in plan.groups))
         self._require_groups(cursor)
         self._packs, self._draws = cursor.packs, cursor.draws
         self._read = Counter(cursor.read)
         self._rejected = {g: Counter(r) for g, r in cursor.rejected.items()}
-        self._waiting = [self._again(*w) for w in cursor.waiting]
+        self._lost = Counter(cursor.lost)
+        self.waiting = [self._again(*w) for w in cursor.waiting]
         self._new_rejects: list[Reject] = []
         self._in_a_row: Counter[str] = Counter()
         self._shown: dict[str, list[str]] = {}
@@ -149,21 +120,9 @@ class LaneStream:
 
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in order."""
-        chosen = _Chosen(self.plan)
-        # The oldest goes first, even before the mandatory groups: whatever its length it fits, so
-        # no sample waits forever.
-        if self._waiting:
-            chosen.offer(self._waiting.pop(0))
-        for group in self.plan.groups:
-            if group.is_mandatory and group.name not in chosen.groups:
-                self._offer_mandatory(group, chosen)
-        self._offer_waiting(chosen)
-        while chosen.tokens < self.plan.budget.expected and len(self._waiting) < self.plan.budget.max_buffer:
-            sample = self._read_next(self._draw_group())
-            if sample is not None and not chosen.offer(sample):
-                self._waiting.append(sample)
+        samples = POLICIES[self.budget.policy].next_samples(self)
         self._packs += 1
-        return chosen.samples
+        return samples
 
     def take_rejects(self) -> tuple[Reject, ...]:
         """What was rejected since this was last asked for."""
@@ -179,33 +138,26 @@ class LaneStream:
             draws=self._draws,
             read=dict(self._read),
             rejected={g: dict(r) for g, r in self._rejected.items()},
-            waiting=tuple((s.origin.group, s.origin.position) for s in self._waiting),
+            lost=dict(self._lost),
+            waiting=tuple((s.origin.group, s.origin.position) for s in self.waiting),
         )
 
-    def _offer_mandatory(self, group: Group, chosen: "_Chosen") -> None:
-        sample = next((s for s in self._waiting if s.origin.group == group.name), None)
-        if sample is not None:
-            if chosen.offer(sample):
-                self._waiting.remove(sample)
-            return
-        while sample is None:
-            sample = self._read_next(group)
-        if not chosen.offer(sample):
-            self._waiting.append(sample)
-
-    def _offer_waiting(self, chosen: "_Chosen") -> None:
-        still: list[Sample] = []
-        for sample in self._waiting:
-            if chosen.tokens >= self.plan.budget.expected or not chosen.offer(sample):
-                still.append(sample)
-        self._waiting = still
-
-    def _draw_group(self) -> Group:
-        which = choose(self._cumulative, self.plan.seed, self.lane, self._draws)
+    def next_uniform(self) -> float:
+        """The lane's next random number, in [0, 1)."""
+        number = uniform(self.plan.seed, self.lane, self._draws)
         self._draws += 1
-        return self.plan.groups[which]
+        return number
 
-    def _read_next(self, group: Group) -> Sample | None:
+    def draw_group(self) -> Group:
+        """A group by the weights."""
+        return self.groups[choose(self._cumulative, self.next_uniform())]
+
+    def read_next(self, group: Group) -> Sample | None:
+        """The group's next sample; None if the record was rejected.
+
+        Raises:
+            ValueError: if too many records of the group cannot be used.
+        """
         position = lane_position(self.lane, self.plan.num_lanes, self._read[group.name])
         made = make_sample(self.plan, group, self.lane, position)
         self._read[group.name] += 1
@@ -214,6 +166,10 @@ class LaneStream:
             return None
         self._in_a_row[group.name] = 0
         return made
+
+    def lose(self, sample: Sample) -> None:
+        """Count a sample that will be in no pack."""
+        self._lost[sample.origin.group] += 1
 
     def _reject(self, reject: Reject) -> None:
         group = reject.group
@@ -248,26 +204,6 @@ class LaneStream:
                     f"the checkpoint was made with a group {group!r}, the mixture has {', '.join(known)}; "
                     "keep it (with weight 0 if it is not wanted any more) or start a new run"
                 )
-
-
-class _Chosen:
-    """The samples of a pack while it is being filled."""
-
-    def __init__(self, plan: StreamPlan) -> None:
-        self._plan = plan
-        self.samples: list[Sample] = []
-        self.groups: set[str] = set()
-        self.tokens = 0
-
-    def offer(self, sample: Sample) -> bool:
-        """Take the sample if it fits."""
-        tokens = num_tokens(sample, self._plan.layout)
-        if self.tokens + tokens > self._plan.budget.maximum:
-            return False
-        self.samples.append(sample)
-        self.groups.add(sample.origin.group)
-        self.tokens += tokens
-        return True
 
 
 def reject_message(group: str, count: int, limit: int, first: list[str]) -> str:

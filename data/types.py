@@ -148,6 +148,7 @@ class LaneCursor:
         draws: random group choices made.
         read: per group, records taken from the lane's share of the group's order.
         rejected: per group and reason, records that could not be used.
+        lost: per group, samples that are in no pack (only `--packer upstream_compat` loses any).
         waiting: `(group, position)` of samples read and not yet packed, in order.
     """
 
@@ -156,6 +157,7 @@ class LaneCursor:
     draws: int = 0
     read: Mapping[str, int] = field(default_factory=dict)
     rejected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
     waiting: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class LaneCursor:
             "draws": self.draws,
             "read": dict(self.read),
             "rejected": {g: dict(r) for g, r in self.rejected.items()},
+            "lost": dict(self.lost),
             "waiting": [list(w) for w in self.waiting],
         }
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from data.layout import lay_out
 from data.mixture import build_groups, load_mixture
 from data.packing import pack
-from data.stream import LaneStream, PackBudget, StreamPlan
+from data.policy import PackBudget
+from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor, Sample, Segment
 from inference_pipeline.inferencer import Inferencer
 from modeling.bagel.decode import Context, Decoder
@@ -136,7 +137,7 @@ def _forced(
     answer = iter([*segment.ids.tolist(), decoder.special.end])
     seen: list[Tensor] = []
 
-    def teacher(logits: Tensor) -> Tensor:
+    def teacher(logits: Tensor, sequences: Sequence[int]) -> Tensor:
         seen.append(logits[0])
         return torch.tensor([next(answer, decoder.special.end)])
 

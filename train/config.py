@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 Dtype = Literal["fp32", "bf16"]
+Packer = Literal["conserving", "upstream_compat"]
 Strategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 
@@ -65,7 +66,16 @@ class DataArgs:
     expected_num_tokens: int = flag(32768, "A pack is full when it has this many tokens.", low=1)
     max_num_tokens: int = flag(36864, "No pack has more tokens than this.", low=1)
     max_num_tokens_per_sample: int = flag(16384, "A sample with more tokens is rejected.", low=1)
-    max_buffer_size: int = flag(50, "Samples that may wait, per lane, for a pack they fit in.", low=1)
+    max_buffer_size: int = flag(50, "Samples that may wait, per lane, for a pack they fit in.", low=0)
+    packer: Packer = flag(
+        "conserving",
+        "Which samples share a pack: `conserving` loses none, `upstream_compat` chooses (and loses) as the published packer.",
+    )
+    prefer_buffer_before: int = flag(
+        16384,
+        "Samples that wait come first while a pack has fewer tokens; for --packer upstream_compat.",
+        low=0,
+    )
     max_reject_fraction: float = flag(
         0.001, "Share of a group's records that may be unusable before the run stops.", low=0, high=1
     )

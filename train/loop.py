@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.ledger import accounts, count_trained, format_accounts, require_few_rejects
+from data.ledger import Account, accounts, count_trained, format_accounts, format_lost, require_few_rejects
 from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
 from train.checkpoint import Checkpoints
@@ -58,9 +58,11 @@ def train(
         report = training_step(run, state, batches)
         reporter.step(report)
         if state.step % run.args.train.log_every == 0 or state.step == total:
-            reporter.note(check_accounts(run, state))
+            reporter.note(format_accounts(check_accounts(run, state)))
         if state.step % every == 0 or state.step == total:
             checkpoints.save(state)
+    if lost := format_lost(check_accounts(run, state)):
+        reporter.note(lost)
 
 
 def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -> StepReport:
@@ -112,15 +114,15 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     )
 
 
-def check_accounts(run: Run, state: TrainState) -> str:
-    """The line `read = trained + waiting + rejected` per group; every rank must call.
+def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
+    """The account of every group over all ranks; every rank must call.
 
     Raises:
         ValueError: if the law does not hold, or too many records were rejected.
     """
     now = accounts(state.all_cursors(), state.all_trained())
     require_few_rejects(now, run.group_sizes, run.args.data.max_reject_fraction)
-    return format_accounts(now)
+    return now
 
 
 def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, counts: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec
 from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
-from data.stream import PackBudget, StreamPlan, make_sample
+from data.policy import PackBudget
+from data.stream import StreamPlan, make_sample
 from data.tokens import Tokenizer
 from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
@@ -132,6 +133,8 @@ def stream_plan(
             maximum=data.max_num_tokens,
             per_sample=data.max_num_tokens_per_sample,
             max_buffer=data.max_buffer_size,
+            prefer_buffer_before=data.prefer_buffer_before,
+            policy=data.packer,
         ),
         seed=data.data_seed,
         num_lanes=data.num_lanes,

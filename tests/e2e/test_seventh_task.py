@@ -13,7 +13,8 @@ from data import inspect
 from data.dataset_info import DATASET_REGISTRY
 from data.layout import LayoutSpec
 from data.mixture import build_groups, load_mixture
-from data.stream import LaneStream, PackBudget, StreamPlan
+from data.policy import PackBudget
+from data.stream import LaneStream, StreamPlan
 from data.tokens import Tokenizer
 from data.types import LaneCursor
 from tests.e2e.conftest import Quickstart

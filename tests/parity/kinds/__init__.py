@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.parity.comparison import Comparison
-from tests.parity.kinds import forward, inference, navit, packer, schedules, train_steps, transforms, vae
+from tests.parity.kinds import (
+    forward,
+    inference,
+    navit,
+    packer,
+    packing_policy,
+    schedules,
+    train_steps,
+    transforms,
+    vae,
+)
 
 Run = Callable[[Path], Comparison]
 
@@ -34,6 +44,7 @@ def _is_autoencoder(folder: Path) -> bool:
 KINDS: dict[str, tuple[Callable[[Path], bool], Run]] = {
     "forward and gradients": (_inputs_have("mask_mode"), forward.run),
     "packing": (_inputs_have("data_config"), packer.run),
+    "choice of samples": (_has("batch_policy.json"), packing_policy.run),
     "training steps": (_inputs_have("hyper"), train_steps.run),
     "inference": (_inputs_have("kind"), inference.run),
     "image transforms": (_has("resize_table.json"), transforms.run),
@@ -43,9 +54,7 @@ KINDS: dict[str, tuple[Callable[[Path], bool], Run]] = {
 }
 
 NOT_BUILT = {
-    "batch_policy.json": "the published choice of samples for a pack, which loses samples, is not kept; ours conserves them",
     "grounding": "the perception systems' cases have a format of their own and come with the heads they are about",
-    "image_12_taylorseer": "extrapolating features between steps is an optional speed-up of the published code",
 }
 """Cases, by the name of their folder or file, that describe what this project does not have, and why."""
 

@@ -11,7 +11,8 @@ from data.dataset_base import DropoutSpec
 from data.ledger import accounts, count_trained
 from data.loader import build_loader, to_bytes, usable_workers
 from data.order import pack_lane
-from data.stream import PackBudget, StreamPlan
+from data.policy import PackBudget
+from data.stream import StreamPlan
 from data.types import LaneCursor
 from tests.unit.data.toy_groups import LAYOUT, SPECIAL, fingerprint, group, lengths, mixed_groups
 

@@ -58,7 +58,9 @@ def test_epochs_groups_and_seeds_have_orders_of_their_own():
 
 
 def test_choose_follows_the_weights():
-    draws = Counter(order.choose([1.0, 1.0, 4.0], 3, lane, d) for lane in range(8) for d in range(1000))
+    draws = Counter(
+        order.choose([1.0, 1.0, 4.0], order.uniform(3, lane, d)) for lane in range(8) for d in range(1000)
+    )
     assert draws[1] == 0  # weight 0
     assert draws[0] / 8000 == pytest.approx(0.25, abs=0.02)
 

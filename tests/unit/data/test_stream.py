@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from data.dataset_base import DropoutSpec, SkipSample, check_sample, finish_sample
 from data.ledger import accounts, count_trained, format_accounts, require_few_rejects
 from data.order import sample_rng
-from data.stream import LaneStream, PackBudget, make_sample
+from data.policy import PackBudget
+from data.stream import LaneStream, make_sample
 from data.types import LaneCursor, Origin, Region, Reject, Sample, Segment
 from tests.unit.data.toy_groups import fingerprint, group, lengths, mixed_groups, plan
 
@@ -138,14 +139,6 @@ def test_a_cursor_of_another_mixture_is_refused():
     lost = LaneCursor(lane=0, read={"short": 1}, waiting=(("short", 0),))
     with pytest.raises(ValueError, match="waited at the checkpoint"):
         LaneStream(plan(group("short", [-1])), lost)
-
-
-@pytest.mark.parametrize(
-    "change", [{"expected": 0}, {"expected": 101}, {"per_sample": 0}, {"max_buffer": 0}], ids=str
-)
-def test_impossible_budgets_are_refused(change):
-    with pytest.raises(ValueError, match="--"):
-        PackBudget(**{"expected": 90, "maximum": 100, "per_sample": 100, "max_buffer": 5, **change})
 
 
 IMAGE = Segment(kind="und_image", pixels=torch.zeros(3, 8, 16, dtype=torch.uint8))

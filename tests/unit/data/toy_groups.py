@@ -9,8 +9,9 @@ import torch
 from data.dataset_base import DropoutSpec, SkipSample, TaskDataset
 from data.layout import LayoutSpec
 from data.mixture import Group
+from data.policy import PackBudget
 from data.readers import Record
-from data.stream import PackBudget, StreamPlan
+from data.stream import StreamPlan
 from data.tokens import SpecialTokens
 from data.types import PackedBatch, Sample, Segment
 

@@ -1,0 +1,143 @@
+"""Which samples share a pack: what each policy promises. The published one's choices are a golden case (tests/parity)."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.ledger import Account, accounts, count_trained, format_accounts, format_lost
+from data.policy import POLICIES, PackBudget
+from data.stream import LaneStream, make_sample
+from data.types import LaneCursor, Reject
+from tests.unit.data.toy_groups import fingerprint, group, mixed_groups, plan
+
+SMALL = {"expected": 60, "maximum": 70, "per_sample": 70, "max_buffer": 2, "prefer_buffer_before": 30}
+
+
+def compat(**changes) -> PackBudget:
+    return PackBudget(**{**SMALL, "policy": "upstream_compat", **changes})
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(20, 95), st.integers(0, 40), st.integers(0, 6), st.integers(0, 100), st.integers(0, 3))
+def test_every_sample_is_trained_waiting_rejected_or_counted_as_lost(expected, slack, buffer, prefer, lane):
+    maximum = expected + slack
+    budget = compat(
+        expected=expected,
+        maximum=maximum,
+        per_sample=maximum,
+        max_buffer=buffer,
+        prefer_buffer_before=prefer,
+    )
+    stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), LaneCursor(lane=lane))
+    trained: Counter = Counter()
+    for _ in range(12):
+        batch = stream.next_pack()
+        assert 0 < batch.num_tokens <= maximum
+        assert len(batch.cursor.waiting) <= buffer
+        trained += count_trained(batch)
+        accounts([batch.cursor], trained)  # raises if the law does not hold
+
+
+def test_a_pack_short_of_the_expected_length_has_lost_a_sample():
+    stream = LaneStream(plan(budget=compat(), max_reject_fraction=1.0), LaneCursor(lane=0))
+    lost = 0
+    short = 0
+    for _ in range(60):
+        batch = stream.next_pack()
+        now = sum(batch.cursor.lost.values())
+        assert now - lost == (batch.num_tokens < SMALL["expected"])
+        lost, short = now, short + (batch.num_tokens < SMALL["expected"])
+    assert short > 5
+
+
+def test_a_compatible_lane_goes_on_from_any_cursor_with_the_same_bytes():
+    groups = (*mixed_groups(), group("rare", [12] * 30, weight=0.0, mandatory=True))
+    settings_ = plan(*groups, budget=compat(), max_reject_fraction=1.0)
+    stream = LaneStream(settings_, LaneCursor(lane=1))
+    packs = [stream.next_pack() for _ in range(30)]
+    assert any(p.cursor.waiting for p in packs) and packs[-1].cursor.lost
+    for i in range(0, 29, 4):
+        again = LaneStream(settings_, LaneCursor.from_json(packs[i].cursor.to_json())).next_pack()
+        assert fingerprint(again) == fingerprint(packs[i + 1])
+
+
+def test_either_policy_goes_on_from_the_others_cursor():
+    cursor, trained = LaneCursor(lane=0), Counter()
+    for name in ("conserving", "upstream_compat", "conserving"):
+        budget = compat(policy=name)
+        stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), cursor)
+        for _ in range(8):
+            batch = stream.next_pack()
+            trained += count_trained(batch)
+        cursor = batch.cursor
+        accounts([cursor], trained)
+    assert cursor.lost
+
+
+def test_the_published_limit_counts_what_was_left_out():
+    """A sample whose clean picture is dropped is short enough for one policy and too long for the other."""
+    by_policy = {}
+    for name in POLICIES:
+        # A text of 10, a clean picture of 3, a target of 3 tokens: 16, or 13 without the clean picture.
+        settings_ = plan(
+            group("image", [10] * 40, image=True),
+            budget=compat(policy=name, expected=10, maximum=14, per_sample=14),
+        )
+        made = [make_sample(settings_, settings_.groups[0], 0, p) for p in range(40)]
+        by_policy[name] = sum(isinstance(m, Reject) for m in made)
+    assert by_policy["upstream_compat"] == 40
+    assert 20 < by_policy["conserving"] < 40
+
+
+def test_a_mandatory_sample_that_waits_behind_others_is_taken():
+    groups = (group("long", [70] * 9), group("rare", [12] * 9, weight=0.0, mandatory=True))
+    waiting = (("long", 0), ("long", 4), ("rare", 0))
+    cursor = LaneCursor(lane=0, read={"long": 2, "rare": 1}, waiting=waiting)
+    budget = PackBudget(expected=60, maximum=82, per_sample=82, max_buffer=4)
+    batch = LaneStream(plan(*groups, budget=budget), cursor).next_pack()
+    assert [(o.group, o.position) for o in batch.origins] == [("long", 0), ("rare", 0)]
+    assert batch.cursor.waiting == (("long", 4),)
+
+
+def test_a_mandatory_group_of_samples_at_the_limit_ends_in_an_error():
+    groups = (group("edge", [70] * 9, mandatory=True), group("other", [10] * 9))
+    with pytest.raises(ValueError, match="group 'edge': 1000 records in a row.*shorter than .* 70"):
+        LaneStream(plan(*groups, budget=compat()), LaneCursor(lane=0)).next_pack()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"expected": 0}, "--expected_num_tokens 0"),
+        ({"expected": 71}, "--expected_num_tokens 71 must be from 1 to --max_num_tokens 70"),
+        ({"per_sample": 0}, "--max_num_tokens_per_sample 0"),
+        ({"policy": "conserving", "max_buffer": 0}, "--max_buffer_size 0 must be at least 1"),
+        ({"per_sample": 71}, "--max_num_tokens_per_sample 71 is above --max_num_tokens 70"),
+        ({"policy": "greedy"}, "--packer 'greedy' is unknown; there are conserving, upstream_compat"),
+    ],
+    ids=str,
+)
+def test_impossible_budgets_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        compat(**change)
+    compat(max_buffer=0), compat(policy="conserving", per_sample=10**6)  # these are possible
+
+
+def test_the_ledger_has_a_column_for_what_was_lost_if_anything_was():
+    kept = {"vqa": Account(read=10, trained=7, waiting=2, rejected=1)}
+    assert format_accounts(kept) == "read = trained + waiting + rejected: vqa 10 = 7 + 2 + 1"
+    assert format_lost(kept) == ""
+    both = {**kept, "edit": Account(read=30, trained=20, waiting=3, rejected=0, lost=7)}
+    assert format_accounts(both) == (
+        "read = trained + waiting + rejected + lost: vqa 10 = 7 + 2 + 1 + 0 | edit 30 = 20 + 3 + 0 + 7"
+    )
+    assert format_lost(both).startswith("7 of 40 samples that were read (17.50%) were lost by --packer")
+    assert "(edit 7)" in format_lost(both)
+
+
+def test_a_cursor_from_before_there_was_a_lost_column_is_read():
+    state = LaneCursor(lane=2, packs=3, read={"vqa": 5}).to_json()
+    del state["lost"]
+    assert LaneCursor.from_json(state) == LaneCursor(lane=2, packs=3, read={"vqa": 5})
