@@ -89,7 +89,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument(
         "--edit_cfg_text_scale", type=float, help="text guidance of editing; default: --cfg_text_scale"
     )
-    sampling.add_argument("--cfg_img_scale", type=float, default=1.0, help="editing only")
+    sampling.add_argument(
+        "--cfg_img_scale",
+        type=float,
+        default=1.0,
+        help="editing only; without effect while --cfg_text_scale is 1 or less, as published",
+    )
     sampling.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
     sampling.add_argument("--cfg_renorm_min", type=float, default=0.0)
     sampling.add_argument(

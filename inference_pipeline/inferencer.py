@@ -3,12 +3,12 @@
     model = Inferencer.from_model_dir("runs/quickstart/results_dir/model")
     model.answer([Prompt(images=("scene.png",), text="Where is the red 7?")])[0].boxes
 
-Prompts of one call may differ in length and picture size; each gives what it would give alone.
+Prompts of one call may differ in length, order and picture size; each gives what it would give alone.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from data.conversation import image_segment, prompt_segments
+from data.conversation import image_segment, prompt_segments, text_segments
 from data.tokens import Tokenizer
 from data.transforms.image import ImageTransform, to_rgb
 from data.types import Kind, Segment
 from modeling.autoencoder import load_autoencoder
-from modeling.bagel.decode import Context, Decoder, DrawOptions, Renorm, Written
+from modeling.bagel.choice import Choose, Drawn, likeliest
+from modeling.bagel.decode import Context, Decoder, DrawOptions
 from modeling.bagel.latents import LatentEncoder
 from modeling.build import load_model
 from modeling.types import HeadOutput
@@ -35,36 +36,91 @@ PUBLISHED_TRANSFORMS: dict[str, dict[str, int]] = {
 }
 """What pictures go through if the model directory has no `preprocessor_config.json`."""
 
+THINK_BEFORE_ANSWERING = (
+    "Before you answer, reason step by step about what is shown and asked. Put the reasoning between <think> and </think>, "
+    "then give the answer on its own."
+)
+THINK_BEFORE_DRAWING = (
+    "Before the picture is drawn, plan it: say what has to be seen, where, and in which style. Put the plan between <think> and "
+    "</think>."
+)
+"""Our words. Published checkpoints were tuned on their own: `Prompt.think` takes a text."""
+
 Picture = Image.Image | Path | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is asked: the pictures stand at the text's `<image>`s, or first if it has none.
+    """What is asked.
 
-    `answer_first`: before drawing, let the model write its answer text.
+    Attributes:
+        text: the pictures stand at its `<image>`s, or first if it has none.
+        images: the pictures of the text, opened or as paths.
+        parts: instead of both, texts (`str`) and pictures (`PIL.Image`, `Path`) in their order. Each text is a segment of its
+            own, and a literal `<image>` in it is text.
+        think: let the model think before it answers or draws. True: a text of ours that asks for it stands first; a text: that
+            one does.
+        answer_first: before drawing, let the model write its answer text.
+
+    Raises:
+        ValueError: if there are both `parts` and a `text` or `images`.
     """
 
-    text: str
+    text: str = ""
     images: tuple[Picture, ...] = ()
+    parts: tuple[str | Path | Image.Image, ...] = ()
+    think: bool | str = False
     answer_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parts and (self.text or self.images):
+            raise ValueError("a prompt has either parts, or a text and its images")
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The pictures in their order."""
+        return self.images or tuple(part for part in self.parts if not isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How prompts are read. As it stands: the way training reads samples.
+
+    Attributes:
+        vae_resize_first: every picture first passes the VAE's resize, so that the vision tower sees it resized twice; the
+            tower's `max_pixels` is then each picture's own.
+        text_free_before: guidance by text compares with the context before the last text, and if a picture follows that text,
+            with the whole context (so there is no guidance). Not set: with the context that lacks only the last text.
+    """
+
+    vae_resize_first: bool = False
+    text_free_before: bool = False
+
+
+AS_PUBLISHED = Reading(vae_resize_first=True, text_free_before=True)
+"""How the inferencer of upstream Bagel 056b5fd reads prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What was said. Boxes are xyxy in pixels of the last picture given, masks bool at its size, both in the order written."""
+    """What was said. Boxes are xyxy in pixels of the last picture given, masks bool at its size, both in the order written.
+
+    `thought` is what stood between `<think>` and `</think>` if the prompt asked for it; `text` what followed.
+    """
 
     text: str
     boxes: list[tuple[float, float, float, float]]
     masks: list[NDArray[np.bool_]]
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What was drawn, and the answer text if one was asked for first."""
+    """What was drawn, and the answer text and the thought if they were asked for first."""
 
     image: Image.Image
     text: str
+    thought: str = ""
 
 
 class Inferencer:
@@ -76,13 +132,18 @@ class Inferencer:
         tokenizer: Tokenizer,
         vit_transform: ImageTransform,
         vae_transform: ImageTransform,
+        reading: Reading = Reading(),  # noqa: B008 - frozen
     ):
-        self.decoder, self.tokenizer = decoder, tokenizer
+        self.decoder, self.tokenizer, self.reading = decoder, tokenizer, reading
+        self._vae_transform = vae_transform
         self._transforms = {"und_image": vit_transform, "cond_image": vae_transform}
 
     @staticmethod
     def from_model_dir(
-        path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+        path: str | Path,
+        weights: str = "ema",
+        device: str | torch.device = "cpu",
+        reading: Reading = Reading(),  # noqa: B008 - frozen
     ) -> "Inferencer":
         """Load a model directory in the published layout.
 
@@ -94,106 +155,187 @@ class Inferencer:
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
         decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)
         transforms = _read_transforms(Path(path) / "preprocessor_config.json")
-        return Inferencer(decoder, tokenizer, transforms["vit"], transforms["vae"])
+        return Inferencer(decoder, tokenizer, transforms["vit"], transforms["vae"], reading)
 
-    def answer(self, requests: Sequence[Prompt], max_new_tokens: int = 512) -> list[Answer]:
-        """Let the model answer in text; boxes and masks come where it writes `<BOX>` and `<SEG>` itself."""
-        pictures = [tuple(_open(p) for p in r.images) for r in requests]
-        prompts = [
-            self._prompt(r.text, seen, ("und_image",)) for r, seen in zip(requests, pictures, strict=True)
-        ]
-        context = self._read(prompts)
-        written = self.decoder.write(context, max_new_tokens)
+    def answer(
+        self,
+        requests: Sequence[Prompt],
+        max_new_tokens: int = 512,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Let the model answer in text; boxes and masks come where it writes `<BOX>` and `<SEG>` itself.
+
+        Args:
+            requests: what to answer.
+            max_new_tokens: most tokens of an answer, thought included.
+            do_sample, temperature: draw tokens from softmax(logits / temperature) instead of taking the likeliest.
+            seed: of the first answer's draws; the others count on from it.
+        """
+        prompts = [self._prompt(r, ("und_image",), THINK_BEFORE_ANSWERING) for r in requests]
+        context = self._read([p.segments for p in prompts])
+        choose = _choice(len(prompts), do_sample, temperature, seed)
+        written = self.decoder.write(context, max_new_tokens, choose)
         found = self.decoder.perceive(context, written)
-        return [
-            _answer(self.tokenizer.decode(w.ids, keep_special=True), heads, seen)
-            for w, heads, seen in zip(written, found, pictures, strict=True)
-        ]
+        answers = []
+        for request, prompt, said, heads in zip(requests, prompts, written, found, strict=True):
+            thought, text = _split(self.tokenizer.decode(said.ids, keep_special=True), request)
+            answers.append(_answer(text, thought, heads, prompt.pictures))
+        return answers
 
     def generate(
         self,
         requests: Sequence[Prompt],
+        options: DrawOptions = DrawOptions(),  # noqa: B008 - frozen
         *,
-        height: int,
-        width: int,
-        num_timesteps: int = 50,
-        cfg_text_scale: float = 4.0,
-        cfg_img_scale: float = 1.0,
-        cfg_interval: tuple[float, float] = (0.0, 1.0),
-        cfg_renorm_min: float = 0.0,
-        cfg_renorm_type: Renorm = "global",
-        timestep_shift: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
         seed: int = 0,
         max_new_tokens: int = 512,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        **changes: Any,
     ) -> list[Generation]:
         """Draw one picture per prompt: from text alone, or an edit of the pictures given.
 
+        What the model writes first (`Prompt.think`, `answer_first`) is behind the full context only: the contexts that guidance
+        compares with do not have it.
+
         Args:
             requests: what to draw.
-            height, width: of the pictures drawn, in pixels.
-            num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type:
-                see `DrawOptions`.
-            seed: of the first picture; the others count on from it.
-            max_new_tokens: of answers written first.
+            options: steps and guidance (`PUBLISHED_RECIPES` has some).
+            height, width: of the pictures drawn, in pixels. Left out: the size of the prompt's last picture after the VAE's
+                resize; for a prompt without pictures, the VAE transform's largest square.
+            seed: of the first picture's noise and text draws; the others count on from it.
+            max_new_tokens, do_sample, temperature: of texts written first.
+            **changes: fields of `DrawOptions`, to be changed in `options`.
+
+        Raises:
+            ValueError: if a size is no multiple of what a latent token covers, or only one of the two is given.
         """
-        options = DrawOptions(
-            num_timesteps=num_timesteps,
-            timestep_shift=timestep_shift,
-            cfg_text_scale=cfg_text_scale,
-            cfg_img_scale=cfg_img_scale,
-            cfg_interval=cfg_interval,
-            cfg_renorm_min=cfg_renorm_min,
-            cfg_renorm_type=cfg_renorm_type,
-        )
-        pictures = [tuple(_open(p) for p in r.images) for r in requests]
-        roles: tuple[Kind, ...] = ("cond_image", "und_image")
-        prompts = [self._prompt(r.text, seen, roles) for r, seen in zip(requests, pictures, strict=True)]
-        context = self._read(prompts)
-        without_text = self._read([_without_last_text(p) for p in prompts]) if cfg_text_scale > 1 else None
-        without_images = (
-            self._read([[s for s in p if s.kind == "text"] for p in prompts]) if cfg_img_scale > 1 else None
-        )
-        texts = self._write_first(context, [r.answer_first for r in requests], max_new_tokens)
-        images = self.decoder.draw(
+        options = replace(options, **changes)
+        prompts = [self._prompt(r, ("cond_image", "und_image"), THINK_BEFORE_DRAWING) for r in requests]
+        sizes = [self._size(p, height, width) for p in prompts]
+        context = self._read([p.segments for p in prompts])
+        without_text = without_images = None
+        if options.num_contexts > 1:
+            without_text = self._read([p.without_text(self.reading) for p in prompts])
+        if options.num_contexts > 2:
+            without_images = self._read([p.texts for p in prompts])
+        written = self.decoder.write(
             context,
-            [(height, width)] * len(requests),
-            [seed + i for i in range(len(requests))],
-            options,
-            without_text,
-            without_images,
+            max_new_tokens,
+            _choice(len(prompts), do_sample, temperature, seed),
+            writes=[r.answer_first or bool(r.think) for r in requests],
         )
-        return [Generation(image=_to_image(i), text=t) for i, t in zip(images, texts, strict=True)]
+        seeds = [seed + i for i in range(len(requests))]
+        images = self.decoder.draw(context, sizes, seeds, options, without_text, without_images)
+        generations = []
+        for request, said, image in zip(requests, written, images, strict=True):
+            thought, text = _split(self.tokenizer.decode(said.ids), request)
+            generations.append(Generation(image=_to_image(image), text=text, thought=thought))
+        return generations
 
-    def _write_first(self, context: Context, wanted: Sequence[bool], max_new_tokens: int) -> list[str]:
-        if not any(wanted):
-            return [""] * len(wanted)
-        if not all(wanted):
+    def _prompt(self, request: Prompt, roles: Sequence[Kind], ask_to_think: str) -> "_Read":
+        """Open the pictures and lay the prompt out."""
+        seen = tuple(_open(p) for p in request.pictures)
+        # Training shares a transform's area among the pictures of a question, not among those of an edit.
+        sharing = len(seen) if roles == ("und_image",) and not self.reading.vae_resize_first else 1
+        first = self._resized_by_vae if self.reading.vae_resize_first else lambda image: image
+        pictures = [
+            tuple(image_segment(role, first(image), self._transforms[role], sharing) for role in roles)
+            for image in seen
+        ]
+        system = request.think if isinstance(request.think, str) else ask_to_think * request.think
+        waiting = iter(pictures)
+        body = (
+            [
+                segment
+                for part in request.parts
+                for segment in (
+                    text_segments(part, self.tokenizer) if isinstance(part, str) else next(waiting)
+                )
+            ]
+            if request.parts
+            else prompt_segments(request.text, self.tokenizer, pictures)
+        )
+        return _Read(system=text_segments(system, self.tokenizer), body=tuple(body), pictures=seen)
+
+    def _resized_by_vae(self, image: Image.Image) -> Image.Image:
+        return _to_image(self._vae_transform(image))
+
+    def _size(self, prompt: "_Read", height: int | None, width: int | None) -> tuple[int, int]:
+        if (height is None) != (width is None):
+            raise ValueError("give both height and width of the picture to draw, or neither")
+        if height is None or width is None:
+            largest = self._vae_transform.max_image_size
+            size = prompt.pictures[-1].size if prompt.pictures else (largest, largest)
+            width, height = self._vae_transform.resized(*size)
+        stride = self.decoder.spec.latent_stride
+        if height % stride or width % stride or min(height, width) < stride:
             raise ValueError(
-                "prompts that write first and prompts that draw at once cannot share a batch; ask them apart"
+                f"a picture of {width}x{height} px cannot be drawn: both sides must be multiples of {stride}"
             )
-        written: list[Written] = self.decoder.write(context, max_new_tokens)
-        return [self.tokenizer.decode(w.ids) for w in written]
-
-    def _prompt(self, text: str, seen: Sequence[Image.Image], roles: Sequence[Kind]) -> Sequence[Segment]:
-        pictures = [tuple(image_segment(r, i, self._transforms[r], len(seen)) for r in roles) for i in seen]
-        return prompt_segments(text, self.tokenizer, pictures)
+        return height, width
 
     def _read(self, prompts: Sequence[Sequence[Segment]]) -> Context:
-        """Every prompt's segments, one round after the other; what has come to its end sits out."""
+        """Every prompt's segments. In each round, those whose next one is of the same kind go on and the others sit out."""
         context = self.decoder.start(len(prompts))
-        for i in range(max(map(len, prompts), default=0)):
-            self.decoder.prefill(
-                context, [p[i] if i < len(p) else Segment(kind="text", dropped=True) for p in prompts]
-            )
+        at = [0] * len(prompts)
+        while waiting := [i for i, prompt in enumerate(prompts) if at[i] < len(prompt)]:
+            kind = prompts[waiting[0]][at[waiting[0]]].kind
+            going = [i for i in waiting if prompts[i][at[i]].kind == kind]
+            round_ = [Segment(kind="text", dropped=True)] * len(prompts)
+            for i in going:
+                round_[i] = prompts[i][at[i]]
+                at[i] += 1
+            self.decoder.prefill(context, round_)
         return context
 
 
-def _without_last_text(prompt: Sequence[Segment]) -> Sequence[Segment]:
-    texts = [i for i, s in enumerate(prompt) if s.kind == "text"]
-    return [s for i, s in enumerate(prompt) if i != texts[-1]] if texts else prompt
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A prompt laid out: the text that asks to think, what follows it, the pictures as they were given."""
+
+    system: tuple[Segment, ...]
+    body: tuple[Segment, ...]
+    pictures: tuple[Image.Image, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.system + self.body
+
+    @property
+    def texts(self) -> tuple[Segment, ...]:
+        return tuple(s for s in self.segments if s.kind == "text")
+
+    def without_text(self, reading: Reading) -> tuple[Segment, ...]:
+        """What text guidance compares with."""
+        last = max((i for i, s in enumerate(self.body) if s.kind == "text"), default=len(self.body))
+        after = self.body[last + 1 :]
+        if reading.text_free_before and after:
+            return self.segments
+        return self.system + self.body[:last] + after
 
 
-def _answer(text: str, heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]) -> Answer:
+def _choice(count: int, do_sample: bool, temperature: float, seed: int) -> Choose:
+    return Drawn(temperature, [seed + i for i in range(count)]) if do_sample else likeliest
+
+
+def _split(text: str, request: Prompt) -> tuple[str, str]:
+    """What was thought and what was said after it; a thought that was cut short has nothing after it."""
+    before, begins, rest = text.partition("<think>")
+    if not request.think or not begins:
+        return "", text
+    thought, _, said = rest.partition("</think>")
+    return thought.strip(), (before + said).strip()
+
+
+def _answer(
+    text: str, thought: str, heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]
+) -> Answer:
     boxes, masks = [], []
     for head, output in heads:
         width, height = seen[-1].size
@@ -202,7 +344,7 @@ def _answer(text: str, heads: list[tuple[str, HeadOutput]], seen: Sequence[Image
             boxes.append((x0 * width, y0 * height, x1 * width, y1 * height))
         if head == "mask":
             masks.append(_mask(output, width, height))
-    return Answer(text=text, boxes=boxes, masks=masks)
+    return Answer(text=text, boxes=boxes, masks=masks, thought=thought)
 
 
 def _mask(output: HeadOutput, width: int, height: int) -> NDArray[np.bool_]:

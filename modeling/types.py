@@ -46,6 +46,7 @@ class ModelOutput:
         hidden: `s d`, the trunk's last state of every token after the final norm.
         logits: `c vocab`, at the batch's `label_index`.
         velocity: `l (p p z)`, at every latent patch.
+        gen_stream: `l d`, the trunk's state of every latent patch before the final norm; for inference, without gradient.
         grids: the understanding images' features.
         heads: per perception head of the model.
     """
@@ -53,6 +54,7 @@ class ModelOutput:
     hidden: Tensor
     logits: Tensor
     velocity: Tensor
+    gen_stream: Tensor
     grids: FeatureGrids
     heads: Mapping[str, HeadOutput] = field(default_factory=dict)
 

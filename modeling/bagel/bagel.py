@@ -62,15 +62,22 @@ class Bagel(nn.Module):
         grids = self._see(batch)
         routing = Routing.build(batch.gen_index, batch.num_tokens)
         rows = self._embed(batch, noised, grids, routing)
-        rows = self.language_model.model(rows, routing, batch.position, attend)
+        stream = self.language_model.model(rows, routing, batch.position, attend)
+        rows = self.language_model.model.finish(stream)
         hidden = routing.pack(rows)
         return ModelOutput(
             hidden=hidden,
             logits=self.language_model.lm_head(hidden[filled(batch.label_index)])[: len(batch.label_index)],
             velocity=self.llm2vae(rows.gen)[: len(noised)],
+            gen_stream=stream.gen[: len(noised)].detach(),
             grids=grids,
             heads={name: self._perceive(name, hidden, batch, grids) for name in self.heads},
         )
+
+    def velocity_of(self, gen_stream: Tensor) -> Tensor:
+        """Velocity `l (p p z)` that a `ModelOutput.gen_stream` `l d` stands for."""
+        rows = self.language_model.model.finish(Rows(gen_stream[:0], gen_stream))
+        return self.llm2vae(rows.gen)
 
     def _see(self, batch: PackedBatch) -> FeatureGrids:
         hw = tuple((int(h), int(w)) for h, w in batch.und_hw.tolist())

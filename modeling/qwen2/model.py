@@ -9,7 +9,7 @@ from modeling.qwen2.mot import Routed, Routing, Rows
 
 
 class Qwen2Model(Routed):
-    """Embedding, layers, final norm per expert (`norm`, `norm_moe_gen`)."""
+    """Embedding, layers, final norm per expert (`norm`, `norm_moe_gen`): `forward` runs the layers, `finish` is the norm."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -19,7 +19,7 @@ class Qwen2Model(Routed):
         self.add("norm", lambda: RMSNorm(config.hidden_size, config.rms_norm_eps), split=bool(config.experts))
 
     def forward(self, rows: Rows, routing: Routing, position: Tensor, attend: Attend) -> Rows:
-        """Run the decoder.
+        """Run the decoder's layers.
 
         Args:
             rows: the embedded tokens by expert, `u d` and `l d`.
@@ -28,13 +28,17 @@ class Qwen2Model(Routed):
             attend: how tokens see each other.
 
         Returns:
-            rows after the final norm.
+            rows before the final norm.
         """
         cos, sin = rope_table(position, self.config.head_dim, self.config.rope_theta)
         if self.config.freeze_und:
             rows = Rows(rows.und.detach(), rows.gen)
         for layer in self.layers:
             rows = layer(rows, routing, cos, sin, attend)
+        return rows
+
+    def finish(self, rows: Rows) -> Rows:
+        """The final norm."""
         rows = self.route("norm", rows)
         return Rows(rows.und.detach(), rows.gen) if self.config.freeze_und else rows
 

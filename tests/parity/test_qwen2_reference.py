@@ -59,12 +59,13 @@ def decode(model: Qwen2ForCausalLM, packed: list[Sample]) -> tuple[Tensor, Tenso
         batch.sample_lens, batch.split_lens, batch.split_modes, batch.split_branches, torch.device("cpu")
     )
     text = model.model.embed_tokens(batch.text_ids)
-    hidden = model.model(
+    stream = model.model(
         Rows(filled(text), text[:0]),
         Routing.build(batch.gen_index, batch.num_tokens),
         batch.position,
         lambda layer, q, k, v: packed_attention(q, k, v, plan),
-    ).und[: len(text)]
+    )
+    hidden = model.model.finish(stream).und[: len(text)]
     return batch.text_ids, hidden, model.lm_head(hidden)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,10 +15,11 @@ from data.layout import LayoutSpec
 from data.tokens import SpecialTokens
 from data.transforms.image import ImageTransform
 from data.types import PackedBatch, Segment
+from inference_pipeline.inferencer import AS_PUBLISHED, Inferencer, Prompt
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.decode import Context, Decoder, DrawOptions
-from modeling.ops.patch import normalise_pixels, patchify_latent, unpatchify_latent
+from modeling.ops.patch import normalise_pixels, patchify_latent
 from modeling.types import FlowState
 from tests.parity.comparison import Comparison
 from tests.parity.kinds.models import build_autoencoder, build_model
@@ -33,7 +35,6 @@ class GivenLatents:
     def __init__(self, patch: int, channels: int):
         self.patch, self.channels = patch, channels
         self.latents: list[Tensor] = []
-        self.vae: AutoEncoder | None = None
 
     def seed(self, latent: Tensor) -> int:
         """The `noise_seed` under which `z h w` will be found."""
@@ -78,13 +79,6 @@ class Case:
             json.loads((self.model_dir / "vae_config.json").read_text()),
             load_file(self.model_dir / "ae.safetensors"),
         )
-
-    def read(self, segments: Sequence[Segment]) -> Context:
-        """The context of one sequence of these."""
-        context = self.decoder.start(1)
-        for segment in segments:
-            self.decoder.prefill(context, [segment])
-        return context
 
     def _decoder(self, end: int) -> Decoder:
         ids = self.config["special_tokens"]
@@ -145,7 +139,7 @@ class Case:
         """
         seen: list[Tensor] = []
 
-        def choose(logits: Tensor) -> Tensor:
+        def choose(logits: Tensor, sequences: Sequence[int]) -> Tensor:
             seen.append(logits)
             return logits.argmax(-1)
 
@@ -192,13 +186,7 @@ def run_image(case: Case) -> None:
 def _denoise(
     case: Case, contexts: Mapping[str, Context], sizes: Sequence[tuple[int, int]], options: DrawOptions
 ) -> Tensor:
-    guided = options.cfg_text_scale > 1
-    used = [
-        "gen",
-        *(["cfg_text"] if guided else []),
-        *(["cfg_img"] if guided and options.cfg_img_scale > 1 else []),
-    ]
-    chosen = [contexts[name] for name in used]
+    chosen = [contexts[name] for name in ("gen", "cfg_text", "cfg_img")[: options.num_contexts]]
     batches = [case.decoder.blank_images(c, sizes) for c in chosen]
     steps: list[tuple[float, Tensor, Tensor]] = []
     x = case.decoder.denoise(chosen, batches, case.inputs["init_noise"], options, lambda *s: steps.append(s))
@@ -219,54 +207,93 @@ def _options(params: Json) -> DrawOptions:
         cfg_renorm_min=params.get("cfg_renorm_min", 0.0),
         cfg_renorm_type=params.get("cfg_renorm_type", "global"),
         renorm_whole_batch=True,
+        taylorseer=params.get("enable_taylorseer", False),
     )
 
 
+class GivenTokens:
+    """Stands where the tokenizer stands: the ids that the case recorded for its texts, and ids written as text."""
+
+    def __init__(self, items: Sequence[Json]):
+        self.ids = {item["text"]: item["ids"] for item in items if "text" in item}
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.ids[text], dtype=torch.int64)
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        return " ".join(map(str, ids))
+
+
+class RecordingVae:
+    """Stands where the VAE and its encoder stand: the real one with the recorded noise, and what went through it."""
+
+    def __init__(self, vae: AutoEncoder, patch: int, noise: Sequence[Tensor]):
+        self.patch, self.vae, self.noise = patch, self, noise
+        self.real = vae
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.decoded: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, batch: PackedBatch) -> FlowState:
+        rows = [torch.zeros(0, self.real.config.z_channels * self.patch**2)]
+        for key, pixels in zip(batch.gen_key.tolist(), batch.gen_pixels, strict=True):
+            if key not in self.seen:
+                values = normalise_pixels(pixels)[None]
+                self.seen[key] = (values, self.real.encode(values, self.noise[len(self.seen)]))
+            rows.append(patchify_latent(self.seen[key][1][0], self.patch))
+        clean = torch.cat(rows)
+        return FlowState(latents=clean, noise=torch.zeros_like(clean), noised=clean)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        self.decoded.append((latent, self.real.decode(latent)))
+        return self.decoded[-1][1]
+
+
+class GivenNoise(Decoder):
+    """A decoder whose images start from the recorded noise."""
+
+    start_noise: Tensor
+
+    def denoise(self, contexts, batches, x, options, watch=None) -> Tensor:  # type: ignore[no-untyped-def]
+        assert x.shape == self.start_noise.shape
+        return super().denoise(contexts, batches, self.start_noise, options, watch)
+
+
 def run_chain(case: Case) -> None:
-    """Pictures and texts in, an answer or a picture out: transforms, VAE, contexts, sampling, decoding."""
-    params = case.facts["params"]
-    vae_transform, vit_transform = (_transform(case.facts[f"{name}_transform"]) for name in ("vae", "vit"))
-    vae, understanding = case.autoencoder(), params.get("understanding_output", False)
-    gen: list[Segment] = []
-    without_text: list[Segment] = []
-    texts: list[Segment] = []
-    size, number = tuple(params.get("image_shapes", ())), 0
-    for item in case.facts["inputs"]:
-        if "text" in item:
-            without_text = list(gen)
-            texts.append(Segment(kind="text", ids=torch.tensor(item["ids"], dtype=torch.int64)))
-            gen.append(texts[-1])
-            continue
-        pixels = vae_transform(Image.fromarray(case.inputs[item["image"]].numpy()))
-        size = (pixels.shape[1], pixels.shape[2])
-        if not understanding:
-            values = normalise_pixels(pixels)[None]
-            latent = vae.encode(values, case.inputs[case.facts["vae_encode_noise"][number]])
-            case.found.close(
-                f"vae_input.{number}", values, case.expected[f"vae_input.{number}"], PIXEL_TOLERANCE
-            )
-            case.found.close(
-                f"vae_encoded.{number}", latent, case.expected[f"vae_encoded.{number}"], TOLERANCE
-            )
-            gen.append(Segment(kind="cond_image", pixels=pixels, noise_seed=case.latents.seed(latent[0])))
-        resized = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        gen.append(Segment(kind="und_image", pixels=vit_transform(resized)))
-        without_text = list(gen)
-        number += 1
-    if understanding:
-        ids, _ = case.write(case.read(gen), params["max_think_token_n"], None)
-        case.found.equal("generated", ids[0], case.answers["generated"][1:])
+    """Pictures and texts in, an answer or a picture out, through the inferencer, which reads as the published one does."""
+    params, facts = case.facts["params"], case.facts
+    vae = RecordingVae(
+        case.autoencoder(), case.latents.patch, [case.inputs[name] for name in facts["vae_encode_noise"]]
+    )
+    decoder = GivenNoise(case.model, vae, case.decoder.spec, case.decoder.special)  # type: ignore[arg-type]
+    inferencer = Inferencer(
+        decoder,
+        GivenTokens(facts["inputs"]),  # type: ignore[arg-type]
+        _transform(facts["vit_transform"]),
+        _transform(facts["vae_transform"]),
+        AS_PUBLISHED,
+    )
+    parts = [
+        item["text"] if "text" in item else Image.fromarray(case.inputs[item["image"]].numpy())
+        for item in facts["inputs"]
+    ]
+    prompt = Prompt(parts=tuple(parts))
+    if params.get("understanding_output", False):
+        (answer,) = inferencer.answer([prompt], params["max_think_token_n"] - 1)
+        case.found.equal(
+            "generated", [int(word) for word in answer.text.split()], case.answers["generated"][1:]
+        )
         return
-    contexts = {"gen": case.read(gen), "cfg_text": case.read(without_text), "cfg_img": case.read(texts)}
-    tokens = _denoise(case, contexts, [(int(size[0]), int(size[1]))], _options(params))
-    rows, columns = (int(side) // case.stride for side in size)
-    latent = unpatchify_latent(tokens, rows, columns, case.latents.patch)[None]
+    decoder.start_noise = case.inputs["init_noise"]
+    height, width = params.get("image_shapes", (None, None))
+    (drawn,) = inferencer.generate([prompt], _options(params), height=height, width=width)
+    for i, (values, latent) in enumerate(vae.seen.values()):
+        case.found.close(f"vae_input.{i}", values, case.expected[f"vae_input.{i}"], PIXEL_TOLERANCE)
+        case.found.close(f"vae_encoded.{i}", latent, case.expected[f"vae_encoded.{i}"], TOLERANCE)
+    ((latent, pixels),) = vae.decoded
     case.found.close("final_latent", latent, case.expected["final_latent_chw"], LATENT_TOLERANCE)
-    case.found.close("decoded_pixels", vae.decode(latent), case.expected["decoded_pixels"], PIXEL_TOLERANCE)
-    case.latents.vae = vae
-    (picture,) = case.decoder.decode(tokens, [(rows, columns)])
+    case.found.close("decoded_pixels", pixels, case.expected["decoded_pixels"], PIXEL_TOLERANCE)
     theirs = case.expected["final_image_uint8_hwc"].int()
-    off = (picture.permute(1, 2, 0).int() - theirs).abs().max()
+    off = (torch.from_numpy(np.array(drawn.image)).int() - theirs).abs().max()
     case.found.equal("final_image (one level)", bool(off <= 1), True)
 
 

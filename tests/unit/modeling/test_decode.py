@@ -1,5 +1,6 @@
 """The cached path gives the same numbers as the training forward, and prompts of one batch do not touch each other."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ def test_cached_text_and_perception_equal_the_training_forward(head_reads: str) 
     answer = iter([*sample.segments[2].ids.tolist(), SPECIAL.end])
     seen = []
 
-    def teacher(logits: torch.Tensor) -> torch.Tensor:
+    def teacher(logits: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
         seen.append(logits[0])
         return torch.tensor([next(answer, SPECIAL.end)])
 
@@ -107,7 +108,7 @@ def test_prompts_of_a_batch_give_what_each_gives_alone() -> None:
 
 def test_a_text_stops_at_its_limit_and_says_so() -> None:
     d = decoder()
-    written = d.write(d.start(2), 3, choose=lambda logits: torch.full((len(logits),), 7))
+    written = d.write(d.start(2), 3, choose=lambda logits, sequences: torch.full((len(logits),), 7))
     assert [w.ids for w in written] == [[7, 7, 7]] * 2
     assert not any(w.finished for w in written)
 
