@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cfg_img_scale",
         type=float,
         default=1.0,
-        help="editing only; without effect while --cfg_text_scale is 1 or less, as published",
+        help="editing only; without effect while its text guidance is 1 or less, as published",
     )
     sampling.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
     sampling.add_argument("--cfg_renorm_min", type=float, default=0.0)

@@ -1,12 +1,15 @@
 """Run golden cases: `python -m tests.parity.run CASE_DIR [CASE_DIR ...]`.
 
-Out: one JSON object per case on standard output, with the largest absolute and relative error of every output and its tolerance.
+Out: one JSON object per case on standard output, with the largest absolute and relative error of every output and its tolerance
+(an error is null where shapes differ or what must be the same is not).
 A directory that is no case stands for all cases below it; without any, all cases beside the checkout run, or the committed ones.
-`--table FILE` writes a Markdown table of what was compared. Exit code 0 if all agree, 1 if one does not, 2 if one cannot be run.
+What lies below and is not built is named as skipped. `--table FILE` writes a Markdown table of what was compared.
+Exit code 0 if all agree, 1 if one does not, 2 if one cannot be run.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 
 from tests.parity.comparison import Comparison, Row
-from tests.parity.kinds import NOT_BUILT, find_cases, kind_of, run_case
+from tests.parity.kinds import NOT_BUILT, find_cases, find_left_out, kind_of, run_case
 
 Line = tuple[str, str, Comparison]
 
@@ -44,27 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worst", action="store_true", help="only the worst output of each case")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    roots = args.case_dirs or [BESIDE if BESIDE.is_dir() else COMMITTED]
     code = 0
     lines: list[Line] = []
-    for folder in _cases(args.case_dirs or [BESIDE if BESIDE.is_dir() else COMMITTED]):
-        if folder.name in NOT_BUILT:
-            _write({"case": str(folder), "kind": kind_of(folder), "skipped": NOT_BUILT[folder.name]})
-            continue
+    for folder in _cases(roots):
         try:
-            found = run_case(folder)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            _write(
-                {"case": str(folder), "kind": kind_of(folder), "error": f"{type(error).__name__}: {error}"}
-            )
+            kind, found = kind_of(folder) or "", run_case(folder)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one case, the others are still compared
+            _write({"case": str(folder), "error": f"{type(error).__name__}: {error}"})
             code = 2
             continue
         ok = all(row.ok for row in found.rows)
-        rows = [found.worst()] if args.worst else found.rows
-        outputs = [{**asdict(row), "ok": row.ok} for row in rows]
-        facts = {"case": str(folder), "kind": kind_of(folder), "ok": ok, "compared": len(found.rows)}
-        _write({**facts, "outputs": outputs})
+        outputs = [_output(row) for row in ([found.worst()] if args.worst else found.rows)]
+        _write({"case": str(folder), "kind": kind, "ok": ok, "compared": len(found.rows), "outputs": outputs})
         code = code or int(not ok)
-        lines.append((kind_of(folder) or "", folder.name, found))
+        lines.append((kind, folder.name, found))
+    for folder in (left_out for root in roots if root.is_dir() for left_out in find_left_out(root)):
+        _write({"case": str(folder), "skipped": NOT_BUILT[folder.name]})
     if args.table is not None:
         args.table.write_text(table(lines), encoding="utf-8")
     return code
@@ -80,6 +79,12 @@ def table(lines: Sequence[Line]) -> str:
     ]
     left_out = [f"- {name}: {why}." for name, why in NOT_BUILT.items()]
     return "\n".join([HEADER, *rows, "", "Left out:", "", *left_out, ""])
+
+
+def _output(row: Row) -> dict[str, Any]:
+    """What JSON can hold: an error that is no number (another shape, unequal, not a number) is null."""
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+    return {**values, "ok": row.ok}
 
 
 def _allowed(row: Row) -> str:

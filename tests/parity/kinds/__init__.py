@@ -56,18 +56,34 @@ KINDS: dict[str, tuple[Callable[[Path], bool], Run]] = {
 NOT_BUILT = {
     "grounding": "the perception systems' cases have a format of their own and come with the heads they are about",
 }
-"""Cases, by the name of their folder or file, that describe what this project does not have, and why."""
+"""Cases, by the name of their folder, that describe what this project does not have, and why."""
 
 
 def kind_of(folder: Path) -> str | None:
-    """The kind of a case folder; None if it is none (or no kind that is built)."""
+    """The kind of a case folder; None if it is none (or no kind that is built).
+
+    Raises:
+        ValueError: if a file that says so is no JSON.
+    """
     return next((name for name, (recognise, _) in KINDS.items() if recognise(folder)), None)
 
 
 def find_cases(root: Path) -> Iterator[Path]:
-    """`root` and every folder below it that is a case, in order."""
+    """`root` and every folder below it that is a case, or whose files are too broken to tell, in order."""
     folders = sorted(p for p in root.rglob("*") if p.is_dir())
-    return (f for f in [root, *folders] if kind_of(f) is not None)
+    return (f for f in [root, *folders] if _may_be_case(f))
+
+
+def find_left_out(root: Path) -> Iterator[Path]:
+    """The folders below `root` that are in `NOT_BUILT`."""
+    return (p for p in sorted(root.rglob("*")) if p.is_dir() and p.name in NOT_BUILT)
+
+
+def _may_be_case(folder: Path) -> bool:
+    try:
+        return kind_of(folder) is not None
+    except ValueError:
+        return True
 
 
 def run_case(folder: Path) -> Comparison:
@@ -76,9 +92,9 @@ def run_case(folder: Path) -> Comparison:
     Raises:
         ValueError: if the folder is no case, or describes what is not built.
     """
+    if folder.name in NOT_BUILT:
+        raise ValueError(f"{folder}: not built: {NOT_BUILT[folder.name]}")
     kind = kind_of(folder)
     if kind is None:
         raise ValueError(f"{folder}: not a golden case; known kinds are {', '.join(KINDS)}")
-    if folder.name in NOT_BUILT:
-        raise ValueError(f"{folder}: not built: {NOT_BUILT[folder.name]}")
     return KINDS[kind][1](folder)

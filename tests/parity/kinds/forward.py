@@ -25,6 +25,7 @@ def run(folder: Path) -> Comparison:
     flow = flow_of(inputs, inputs.get("noise"), batch, model.config)
     out = model(batch, flow.noised)
 
+    facts = json.loads((folder / "expected.json").read_text())
     found = Comparison()
     found.close("last_hidden_state", out.hidden, expected["last_hidden_state"], TOLERANCE)
     loss = torch.zeros(())
@@ -33,6 +34,9 @@ def run(folder: Path) -> Comparison:
         found.close("ce_logits", out.logits, expected["ce_logits"], TOLERANCE)
         found.close("ce", ce, expected["ce"], TOLERANCE)
         loss = loss + ce.mean()
+        if "ce_reweighted" in facts["scalars"]:
+            weighted = (ce * batch.label_weight).sum() / batch.label_weight.sum()
+            found.close("ce_reweighted", weighted, torch.tensor(facts["scalars"]["ce_reweighted"]), TOLERANCE)
     if "mse" in expected:
         target = velocity_target(flow.latents, flow.noise)
         mse = (out.velocity - target)[batch.gen_timestep > 0].square()
@@ -41,9 +45,13 @@ def run(folder: Path) -> Comparison:
     found.close("loss", loss, expected["loss"], TOLERANCE)
     loss.backward()
 
-    facts = json.loads((folder / "expected.json").read_text())
     rounding = set(facts.get("params_with_rounding_noise_grad", []))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    total = torch.stack([g.double().norm() for g in gradients.values()]).norm()
+    theirs_total = torch.tensor(facts["scalars"]["total_grad_norm"], dtype=torch.float64)
+    found.close("total_grad_norm", total, theirs_total, GRADIENT_TOLERANCE)
+    surplus = [n for n in facts["params_without_grad"] if n in gradients and gradients[n].any()]
+    found.equal("params_without_grad", surplus, [])
     for key, value in expected.items():
         kind, _, name = key.partition("/")
         if kind not in ("grad", "grad_norm") or name in rounding:

@@ -18,8 +18,9 @@ from data.types import PackedBatch, Segment
 from inference_pipeline.inferencer import AS_PUBLISHED, Inferencer, Prompt
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
+from modeling.bagel.choice import likeliest
 from modeling.bagel.decode import Context, Decoder, DrawOptions
-from modeling.ops.patch import normalise_pixels, patchify_latent
+from modeling.ops.patch import normalise_pixels, patchify_latent, unpatchify_latent
 from modeling.types import FlowState
 from tests.parity.comparison import Comparison
 from tests.parity.kinds.models import build_autoencoder, build_model
@@ -54,6 +55,30 @@ class GivenLatents:
         return FlowState(latents=clean, noise=torch.zeros_like(clean), noised=clean)
 
 
+class RecordingDecoder(Decoder):
+    """A decoder that remembers every pack it made, and starts its images from given noise where there is some."""
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.packed: list[PackedBatch] = []
+        self.logits: list[Tensor] = []
+        self.noise: Tensor | None = None
+
+    def _pack(self, context: Context, segments: Sequence[Segment]) -> PackedBatch:
+        self.packed.append(super()._pack(context, segments))
+        return self.packed[-1]
+
+    def write(self, context, max_new_tokens, choose=likeliest, writes=None):  # type: ignore[no-untyped-def]
+        def remember(logits: Tensor, sequences: Sequence[int]) -> Tensor:
+            self.logits.append(logits)
+            return choose(logits, sequences)
+
+        return super().write(context, max_new_tokens, remember, writes)
+
+    def denoise(self, contexts, batches, x, options, watch=None) -> Tensor:  # type: ignore[no-untyped-def]
+        return super().denoise(contexts, batches, x if self.noise is None else self.noise, options, watch)
+
+
 class Case:
     """A case with its model, ready to run."""
 
@@ -80,7 +105,7 @@ class Case:
             load_file(self.model_dir / "ae.safetensors"),
         )
 
-    def _decoder(self, end: int) -> Decoder:
+    def _decoder(self, end: int) -> "RecordingDecoder":
         ids = self.config["special_tokens"]
         special = SpecialTokens(
             begin=ids["bos_token_id"],
@@ -96,14 +121,41 @@ class Case:
             latent_positions_per_side=self.config["max_latent_size"],
             interpolate_pos=self.config["interpolate_pos"],
         )
-        return Decoder(self.model, self.latents, spec, special)  # type: ignore[arg-type]
+        return RecordingDecoder(self.model, self.latents, spec, special)  # type: ignore[arg-type]
 
-    def context(self, ops: Sequence[Json], batch: int) -> Context:
+    def context(self, ops: Sequence[Json], batch: int, prefix: str = "") -> Context:
         """Prefill one operation after the other."""
         context = self.decoder.start(batch)
-        for op in ops:
+        for i, op in enumerate(ops):
             self.decoder.prefill(context, self._segments(op))
+            self.compare_layout(self.decoder.packed[-1], f"{prefix}op{i}")
+            if "context_after_op" in self.answers:
+                self.compare_counters(context, f"op{i}", self.answers["context_after_op"][i])
         return context
+
+    def compare_layout(self, batch: PackedBatch, prefix: str) -> None:
+        """What goes in at one step: ids, rotary positions, places in the tables, lengths."""
+        ours = {
+            "packed_text_ids": batch.text_ids,
+            "packed_position_ids": batch.position,
+            "packed_text_position_ids": batch.position,  # of a step with text only
+            "cfg_packed_position_ids": batch.position,
+            "packed_vit_position_ids": batch.und_position,
+            "packed_vae_position_ids": batch.gen_position,
+            "packed_vae_token_indexes": batch.gen_index,
+            "packed_vit_token_indexes": batch.und_index,
+            "packed_seqlens": torch.tensor(batch.sample_lens, dtype=torch.int32),
+            "text_token_lens": torch.tensor(batch.sample_lens, dtype=torch.int32),
+            "vit_token_seqlens": batch.und_hw.prod(1).int(),
+        }
+        for name, value in ours.items():
+            if (theirs := self.expected.get(f"{prefix}/{name}")) is not None:
+                self.found.equal(f"{prefix}/{name}", value, theirs)
+
+    def compare_counters(self, context: Context, name: str, theirs: Json) -> None:
+        """How many tokens each sequence holds, and where its rotary positions stand."""
+        self.found.equal(f"{name}/kv_lens", context.cache.lens, theirs["kv_lens"])
+        self.found.equal(f"{name}/rope", context.position, theirs["rope"])
 
     def _segments(self, op: Json) -> list[Segment]:
         if op["op"] == "text":
@@ -137,15 +189,9 @@ class Case:
 
         `end` stops the answer; None: the prompts' end token, which no case without an end of its own writes.
         """
-        seen: list[Tensor] = []
-
-        def choose(logits: Tensor, sequences: Sequence[int]) -> Tensor:
-            seen.append(logits)
-            return logits.argmax(-1)
-
         decoder = self.decoder if end is None else self._decoder(end)
-        texts = decoder.write(context, steps - 1, choose)
-        return [t.ids for t in texts], torch.stack([s for s in seen if len(s) == len(texts)])
+        texts = decoder.write(context, steps - 1)
+        return [t.ids for t in texts], torch.stack([s for s in decoder.logits if len(s) == len(texts)])
 
 
 def run(folder: Path) -> Comparison:
@@ -160,6 +206,9 @@ def run_text(case: Case) -> None:
     """Caches after the prompt, tokens, logits of every step."""
     context = case.context(case.facts["ops"], case.facts["batch"])
     case.compare_cache(context, "prefill")
+    case.found.equal(
+        "start/rope", torch.tensor(context.position), case.expected["start/packed_query_position_ids"]
+    )
     generated, theirs = case.expected["generated"], case.expected["step_logits"]
     ids, logits = case.write(context, case.facts["max_length"], case.facts["end_token_id"])
     case.found.equal("generated", ids, [column[1:].tolist() for column in generated.T])
@@ -169,18 +218,19 @@ def run_text(case: Case) -> None:
 def run_image(case: Case) -> None:
     """Caches of the three contexts, every step's latents and guided velocity, the latents at the end."""
     batch = case.facts["batch"]
-    contexts = {name: case.context(ops, batch) for name, ops in case.facts["contexts"].items()}
+    contexts = {name: case.context(ops, batch, f"{name}/") for name, ops in case.facts["contexts"].items()}
     for name, context in contexts.items():
+        case.compare_counters(context, name, case.answers[f"context_{name}"])
         if max(context.cache.lens):
             case.compare_cache(context, f"{name}_prefill")
     options = _options(case.facts["params"])
     sizes = [(h, w) for h, w in case.facts["image_sizes"]]
     latents = _denoise(case, contexts, sizes, options)
-    counts = [h * w // case.stride**2 for h, w in sizes]
-    for i, ours in enumerate(latents.split(counts)):
-        case.found.close(
-            f"final_latent_tokens.{i}", ours, case.expected[f"final_latent_tokens.{i}"], LATENT_TOLERANCE
-        )
+    grids = [(h // case.stride, w // case.stride) for h, w in sizes]
+    for i, (ours, grid) in enumerate(zip(latents.split([h * w for h, w in grids]), grids, strict=True)):
+        latent = unpatchify_latent(ours, *grid, case.latents.patch)[None]
+        for name, value in (("final_latent_tokens", ours), ("final_latent_chw", latent)):
+            case.found.close(f"{name}.{i}", value, case.expected[f"{name}.{i}"], LATENT_TOLERANCE)
 
 
 def _denoise(
@@ -188,6 +238,8 @@ def _denoise(
 ) -> Tensor:
     chosen = [contexts[name] for name in ("gen", "cfg_text", "cfg_img")[: options.num_contexts]]
     batches = [case.decoder.blank_images(c, sizes) for c in chosen]
+    for name, batch in zip(("query", "query_cfg_text", "query_cfg_img"), batches, strict=False):
+        case.compare_layout(batch, name)
     steps: list[tuple[float, Tensor, Tensor]] = []
     x = case.decoder.denoise(chosen, batches, case.inputs["init_noise"], options, lambda *s: steps.append(s))
     for i, (t, x_t, v_t) in enumerate(steps if "x_t" in case.expected else []):
@@ -248,23 +300,13 @@ class RecordingVae:
         return self.decoded[-1][1]
 
 
-class GivenNoise(Decoder):
-    """A decoder whose images start from the recorded noise."""
-
-    start_noise: Tensor
-
-    def denoise(self, contexts, batches, x, options, watch=None) -> Tensor:  # type: ignore[no-untyped-def]
-        assert x.shape == self.start_noise.shape
-        return super().denoise(contexts, batches, self.start_noise, options, watch)
-
-
 def run_chain(case: Case) -> None:
     """Pictures and texts in, an answer or a picture out, through the inferencer, which reads as the published one does."""
     params, facts = case.facts["params"], case.facts
     vae = RecordingVae(
         case.autoencoder(), case.latents.patch, [case.inputs[name] for name in facts["vae_encode_noise"]]
     )
-    decoder = GivenNoise(case.model, vae, case.decoder.spec, case.decoder.special)  # type: ignore[arg-type]
+    decoder = RecordingDecoder(case.model, vae, case.decoder.spec, case.decoder.special)
     inferencer = Inferencer(
         decoder,
         GivenTokens(facts["inputs"]),  # type: ignore[arg-type]
@@ -282,8 +324,10 @@ def run_chain(case: Case) -> None:
         case.found.equal(
             "generated", [int(word) for word in answer.text.split()], case.answers["generated"][1:]
         )
+        theirs = case.expected["step_logits"]
+        case.found.close("step_logits", torch.stack(decoder.logits)[: len(theirs)], theirs, TOLERANCE)
         return
-    decoder.start_noise = case.inputs["init_noise"]
+    decoder.noise = case.inputs["init_noise"]
     height, width = params.get("image_shapes", (None, None))
     (drawn,) = inferencer.generate([prompt], _options(params), height=height, width=width)
     for i, (values, latent) in enumerate(vae.seen.values()):

@@ -65,8 +65,8 @@ def run(folder: Path) -> Comparison:
     ours = {"param": parameters, "ema": {**parameters, **ema.averages}}  # what is frozen is not averaged
     for key, value in expected.items():
         kind, _, name = key.partition("/")
-        if kind in ours:
-            found.close(key, ours[kind][name], value, TOLERANCE)
+        value_of = ours[kind.removesuffix("_norm")][name].detach()
+        found.close(key, value_of.norm().double() if kind.endswith("_norm") else value_of, value, TOLERANCE)
     return found
 
 
