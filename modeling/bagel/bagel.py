@@ -11,7 +11,8 @@ from data.types import PackedBatch
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.connectors import Connector, PositionTable, TimestepEmbedder
 from modeling.heads import HEADS
-from modeling.ops.attention import AttentionPlan, packed_attention
+from modeling.ops.attention import AttentionPlan
+from modeling.ops.attention_backends import ATTENTION
 from modeling.ops.patch import normalise_pixels
 from modeling.qwen2.layers import Attend
 from modeling.qwen2.model import Qwen2ForCausalLM
@@ -21,7 +22,13 @@ from modeling.types import FeatureGrids, HeadOutput, ModelOutput
 
 
 class Bagel(nn.Module):
-    """The whole model except the VAE. Parameter names are the published checkpoints' keys; heads stand under `heads.`."""
+    """The whole model except the VAE. Parameter names are the published checkpoints' keys; heads stand under `heads.`.
+
+    Attributes:
+        attention: row of `ATTENTION` that computes a pack's attention in the decoder.
+    """
+
+    attention: str = "auto"
 
     def __init__(self, config: BagelConfig):
         super().__init__()
@@ -58,7 +65,7 @@ class Bagel(nn.Module):
         Returns:
             predictions at the batch's labels, latent patches and anchors.
         """
-        attend = attend or _pack_rule(batch)
+        attend = attend or _pack_rule(batch, self.attention)
         grids = self._see(batch)
         routing = Routing.build(batch.gen_index, batch.num_tokens)
         rows = self._embed(batch, noised, grids, routing)
@@ -112,8 +119,7 @@ class Bagel(nn.Module):
         return self.heads[name](hidden[anchor - offset], image, grids)
 
 
-def _pack_rule(batch: PackedBatch) -> Attend:
-    plan = AttentionPlan.build(
-        batch.sample_lens, batch.split_lens, batch.split_modes, batch.split_branches, batch.position.device
-    )
-    return lambda layer, q, k, v: packed_attention(q, k, v, plan)
+def _pack_rule(batch: PackedBatch, backend: str) -> Attend:
+    layout = (batch.sample_lens, batch.split_lens, batch.split_modes, batch.split_branches)
+    apply = ATTENTION[backend](layout, batch.position.device)
+    return lambda layer, q, k, v: apply(q, k, v)

@@ -6,7 +6,8 @@ that branch only; the trunk (branch 0) is seen by all that follow.
 
 `AttentionPlan` states the rule for one pack and is built once per forward; `packed_attention` applies it in every layer.
 Short samples are padded to a common length and attend in one batched call; long ones go split by split, so that cost
-grows with the sum over splits of (split x its context), never with (packed length)^2.
+grows with the sum over splits of (split x its context), never with (packed length)^2. Other ways to compute the same stand in
+`modeling/ops/attention_backends.py`.
 """
 
 from collections.abc import Sequence
@@ -215,26 +216,53 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, split: _Split, grouped: bool)
     return out[0].transpose(0, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """The rule written out, token by token: what it needs to know of every token, all `s`."""
+
+    sample: Tensor
+    split: Tensor
+    branch: Tensor
+    block: Tensor
+    noise: Tensor
+
+    @staticmethod
+    def build(
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        split_modes: Sequence[str],
+        split_branches: Sequence[int],
+        device: torch.device | None = None,
+    ) -> "Visibility":
+        """Of samples laid end to end, with the splits of all of them in order."""
+
+        def of_token(values: Sequence[int], lens: Sequence[int]) -> Tensor:
+            each, counts = (torch.tensor(x, dtype=torch.int64) for x in (values, lens))
+            return torch.repeat_interleave(each, counts).to(device)
+
+        return Visibility(
+            sample=of_token(range(len(sample_lens)), sample_lens),
+            split=of_token(range(len(split_lens)), split_lens),
+            branch=of_token(split_branches, split_lens),
+            block=of_token([m != "causal" for m in split_modes], split_lens).bool(),
+            noise=of_token([m == "noise" for m in split_modes], split_lens).bool(),
+        )
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the tokens at `query` see those at `key`, places in the pack of any shapes that go together."""
+        same_split = self.split[query] == self.split[key]
+        visible = (query >= key) | (same_split & self.block[query])
+        visible = visible & ((self.branch[key] == 0) | (self.branch[key] == self.branch[query]))
+        return visible & (self.sample[query] == self.sample[key]) & (same_split | ~self.noise[key])
+
+
 def dense_allowed(
     sample_lens: Sequence[int],
     split_lens: Sequence[int],
     split_modes: Sequence[str],
     split_branches: Sequence[int],
 ) -> Tensor:
-    """`s s` bool, the rule written out: for tests and pictures, never for training."""
-
-    def of_token(values: Sequence[int], lens: Sequence[int]) -> Tensor:
-        return torch.repeat_interleave(
-            torch.tensor(values, dtype=torch.int64), torch.tensor(lens, dtype=torch.int64)
-        )
-
-    sample = of_token(range(len(sample_lens)), sample_lens)
-    split = of_token(range(len(split_lens)), split_lens)
-    branch = of_token(split_branches, split_lens)
-    block = of_token([m != "causal" for m in split_modes], split_lens).bool()
-    noise = of_token([m == "noise" for m in split_modes], split_lens).bool()
-    place = torch.arange(len(sample))
-    same_split = split[:, None] == split[None]
-    visible = (place[:, None] >= place[None]) | (same_split & block[:, None])
-    visible &= (branch[None] == 0) | (branch[None] == branch[:, None])
-    return visible & (sample[:, None] == sample[None]) & (same_split | ~noise[None])
+    """`s s` bool, who sees whom: for tests and pictures, never for training."""
+    place = torch.arange(sum(sample_lens))
+    rule = Visibility.build(sample_lens, split_lens, split_modes, split_branches)
+    return rule.allowed(place[:, None], place[None])

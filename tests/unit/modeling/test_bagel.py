@@ -9,6 +9,7 @@ from torch import Tensor
 from data.packing import pack
 from data.types import Region, Sample, Segment
 from modeling.bagel.bagel import Bagel
+from modeling.ops.attention_backends import ATTENTION
 from tests.unit.modeling.tiny import (
     SPEC,
     SPECIAL,
@@ -169,3 +170,13 @@ def test_freeze_und_sends_no_gradient_into_the_understanding_side() -> None:
         gradient = found.get(f"language_model.model.{name}")
         assert gradient is None or not gradient.any()
     assert found["language_model.model.layers.0.mlp_moe_gen.up_proj.weight"].any()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_every_attention_back_end_gives_the_same_states() -> None:
+    model, batch = tiny_model(), pack(every_sample(), SPEC, SPECIAL)
+    flow = made_up_latents(batch)
+    by_default = model(batch, flow.noised).hidden
+    for model.attention in ATTENTION:
+        torch.testing.assert_close(model(batch, flow.noised).hidden, by_default, rtol=0, atol=5e-6)
