@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.packing import pack
 from data.types import Segment
-from modeling.bagel.decode import Decoder, DrawOptions, guide
-from modeling.types import FlowState
+from modeling.bagel.decode import DrawOptions, guide
 from tests.unit.modeling.tiny import (
     SPEC,
     SPECIAL,
@@ -19,25 +17,13 @@ from tests.unit.modeling.tiny import (
     perception_sample,
     picture,
     text,
-    tiny_config,
-    tiny_model,
+    tiny_decoder,
 )
-
-
-def decoder(head_reads: str = "self") -> Decoder:
-    """A decoder whose VAE is replaced by latents made up from each image's seed, and pictures made of the first channels."""
-    vae = SimpleNamespace(decode=lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
-
-    def encoder(batch) -> FlowState:
-        return made_up_latents(batch)
-
-    encoder.vae, encoder.patch = vae, 2  # type: ignore[attr-defined]
-    return Decoder(tiny_model(tiny_config(head_reads)).eval(), encoder, SPEC, SPECIAL)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("head_reads", ["self", "previous"])
 def test_cached_text_and_perception_equal_the_training_forward(head_reads: str) -> None:
-    d = decoder(head_reads)
+    d = tiny_decoder(head_reads)
     sample = perception_sample()
     batch = pack([sample], SPEC, SPECIAL)
     with torch.no_grad():
@@ -64,7 +50,7 @@ def test_cached_text_and_perception_equal_the_training_forward(head_reads: str) 
 
 
 def test_cached_velocity_equals_the_training_forward() -> None:
-    d = decoder()
+    d = tiny_decoder()
     sample = editing_sample()
     batch = pack([sample], SPEC, SPECIAL)
     flow = made_up_latents(batch)
@@ -81,7 +67,7 @@ def test_cached_velocity_equals_the_training_forward() -> None:
 
 
 def test_prompts_of_a_batch_give_what_each_gives_alone() -> None:
-    d = decoder()
+    d = tiny_decoder()
     prompts = [
         [Segment(kind="und_image", pixels=picture(1)), text(10, 11)],
         [Segment(kind="und_image", pixels=picture(2, 32, 64)), text(12, 13, 14, 15)],
@@ -107,14 +93,14 @@ def test_prompts_of_a_batch_give_what_each_gives_alone() -> None:
 
 
 def test_a_text_stops_at_its_limit_and_says_so() -> None:
-    d = decoder()
+    d = tiny_decoder()
     written = d.write(d.start(2), 3, choose=lambda logits, sequences: torch.full((len(logits),), 7))
     assert [w.ids for w in written] == [[7, 7, 7]] * 2
     assert not any(w.finished for w in written)
 
 
 def test_mixed_kinds_in_one_round_are_refused() -> None:
-    d = decoder()
+    d = tiny_decoder()
     with pytest.raises(ValueError, match="same order"):
         d.prefill(d.start(2), [text(1), Segment(kind="und_image", pixels=picture(1))])
 

@@ -1,5 +1,7 @@
 """A tiny model and tiny samples of every kind, for tests."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from data.tokens import SpecialTokens
 from data.types import PackedBatch, Region, Sample, Segment
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
+from modeling.bagel.decode import Decoder
 from modeling.bagel.init import initial_value
 from modeling.ops.flow import interpolate_path, seeded_noise
 from modeling.qwen2.config import Qwen2Config
@@ -120,3 +123,14 @@ def made_up_latents(batch: PackedBatch) -> FlowState:
         [nothing, *(seeded_noise(s, n, nothing.device) for s, n in zip(seeds, shapes, strict=True))]
     )
     return FlowState(latents=z, noise=e, noised=interpolate_path(z, e, batch.gen_timestep))
+
+
+def tiny_decoder(head_reads: str = "self", **llm) -> Decoder:
+    """A decoder whose VAE is replaced by latents made up from each image's seed, and pictures made of the first channels."""
+    vae = SimpleNamespace(decode=lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+    def encoder(batch: PackedBatch) -> FlowState:
+        return made_up_latents(batch)
+
+    encoder.vae, encoder.patch = vae, 2  # type: ignore[attr-defined]
+    return Decoder(tiny_model(tiny_config(head_reads, **llm)).eval(), encoder, SPEC, SPECIAL)  # type: ignore[arg-type]
