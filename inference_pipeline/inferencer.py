@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from data.conversation import image_segment, prompt_segments, text_segments
+from data.conversation import IMAGE, image_segment, prompt_segments, text_segments
+from data.dataset_base import SkipSample
 from data.tokens import Tokenizer
 from data.transforms.image import ImageTransform, to_rgb
 from data.types import Kind, Segment
@@ -213,7 +214,8 @@ class Inferencer:
             **changes: fields of `DrawOptions`, to be changed in `options`.
 
         Raises:
-            ValueError: if a size is no multiple of what a latent token covers, or only one of the two is given.
+            ValueError: if a size is no multiple of what a latent token covers or beyond the model's positions, or only one of
+                height and width is given.
         """
         options = replace(options, **changes)
         prompts = [self._prompt(r, ("cond_image", "und_image"), THINK_BEFORE_DRAWING) for r in requests]
@@ -238,35 +240,43 @@ class Inferencer:
             generations.append(Generation(image=_to_image(image), text=text, thought=thought))
         return generations
 
-    def _prompt(self, request: Prompt, roles: Sequence[Kind], ask_to_think: str) -> "_Read":
+    def _prompt(self, request: Prompt, roles: Sequence[Kind], ask_to_think: str) -> "_LaidOut":
         """Open the pictures and lay the prompt out."""
         seen = tuple(_open(p) for p in request.pictures)
         # Training shares a transform's area among the pictures of a question, not among those of an edit.
         sharing = len(seen) if roles == ("und_image",) and not self.reading.vae_resize_first else 1
         first = self._resized_by_vae if self.reading.vae_resize_first else lambda image: image
         pictures = [
-            tuple(image_segment(role, first(image), self._transforms[role], sharing) for role in roles)
-            for image in seen
+            tuple(
+                replace(image_segment(role, first(image), self._transforms[role], sharing), noise_seed=number)
+                for role in roles
+            )
+            for number, image in enumerate(seen)
         ]
         system = request.think if isinstance(request.think, str) else ask_to_think * request.think
-        waiting = iter(pictures)
-        body = (
-            [
-                segment
-                for part in request.parts
-                for segment in (
-                    text_segments(part, self.tokenizer) if isinstance(part, str) else next(waiting)
-                )
-            ]
-            if request.parts
-            else prompt_segments(request.text, self.tokenizer, pictures)
+        return _LaidOut(
+            system=text_segments(system, self.tokenizer), body=self._body(request, pictures), pictures=seen
         )
-        return _Read(system=text_segments(system, self.tokenizer), body=tuple(body), pictures=seen)
+
+    def _body(self, request: Prompt, pictures: Sequence[tuple[Segment, ...]]) -> tuple[Segment, ...]:
+        if not request.parts:
+            try:
+                return prompt_segments(request.text, self.tokenizer, pictures)
+            except SkipSample as e:
+                raise ValueError(
+                    f"{request.text!r:.80} has {request.text.count(IMAGE)} {IMAGE} for {len(pictures)} pictures; write one for "
+                    "each, or none to have the pictures first"
+                ) from e
+        waiting = iter(pictures)
+        parts = (
+            text_segments(p, self.tokenizer) if isinstance(p, str) else next(waiting) for p in request.parts
+        )
+        return tuple(segment for part in parts for segment in part)
 
     def _resized_by_vae(self, image: Image.Image) -> Image.Image:
         return _to_image(self._vae_transform(image))
 
-    def _size(self, prompt: "_Read", height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(self, prompt: "_LaidOut", height: int | None, width: int | None) -> tuple[int, int]:
         if (height is None) != (width is None):
             raise ValueError("give both height and width of the picture to draw, or neither")
         if height is None or width is None:
@@ -277,6 +287,11 @@ class Inferencer:
         if height % stride or width % stride or min(height, width) < stride:
             raise ValueError(
                 f"a picture of {width}x{height} px cannot be drawn: both sides must be multiples of {stride}"
+            )
+        limit = self.decoder.spec.latent_positions_per_side * stride
+        if max(height, width) > limit and not self.decoder.spec.interpolate_pos:
+            raise ValueError(
+                f"a picture of {width}x{height} px cannot be drawn: the model has positions for {limit} px a side"
             )
         return height, width
 
@@ -296,7 +311,7 @@ class Inferencer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
+class _LaidOut:
     """A prompt laid out: the text that asks to think, what follows it, the pictures as they were given."""
 
     system: tuple[Segment, ...]

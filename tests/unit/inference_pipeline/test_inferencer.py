@@ -29,8 +29,13 @@ VAE = ImageTransform(max_image_size=64, min_image_size=16, stride=16)
 class Spy(Decoder):
     """Remembers what was read last, and the lengths of a drawing's contexts: the full, the text-free, the picture-free one."""
 
+    def __init__(self, *parts) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*parts)
+        self.noise_seeds: list[int] = []
+
     def prefill(self, context, segments):  # type: ignore[no-untyped-def]
         self.read = segments
+        self.noise_seeds += [s.noise_seed for s in segments if s.kind == "cond_image"]
         return super().prefill(context, segments)
 
     def draw(self, context, sizes, seeds, options, without_text=None, without_images=None):  # type: ignore[no-untyped-def]
@@ -211,6 +216,10 @@ def test_the_size_of_a_drawing(make) -> None:
     assert model.decoder.sizes == [(32, 48)] * 2
     with pytest.raises(ValueError, match="both height and width"):
         model.generate(PROMPTS[:1], height=32)
+    with pytest.raises(
+        ValueError, match="80x64 px cannot be drawn: the model has positions for 64 px a side"
+    ):
+        model.generate(PROMPTS[:1], height=64, width=80)
     with pytest.raises(ValueError, match="33x32 px cannot be drawn: both sides must be multiples of 16"):
         model.generate(PROMPTS[:1], height=32, width=33)
 
@@ -224,6 +233,18 @@ def test_recipes_can_be_changed_field_by_field(make) -> None:
         model.generate(PROMPTS[:1], cfg_renorm_type="local")
     with pytest.raises(TypeError, match="cfg_scale"):
         model.generate(PROMPTS[:1], cfg_scale=3.0)
+
+
+def test_placeholders_and_pictures_have_to_agree(make) -> None:
+    with pytest.raises(ValueError, match="'<image> or <image>' has 2 <image> for 1 pictures"):
+        make().answer([Prompt(text="<image> or <image>", images=(image(1),))])
+
+
+def test_pictures_of_a_prompt_have_noise_of_their_own(make) -> None:
+    model = make()
+    model.decoder.noise_seeds.clear()
+    model.generate([Prompt(parts=(image(1), image(1), "both"))], num_timesteps=2, cfg_text_scale=1.0)
+    assert model.decoder.noise_seeds == [0, 1]
 
 
 def test_a_picture_that_is_none_is_named(make, tmp_path: Path) -> None:
