@@ -32,6 +32,7 @@ from modeling.autoencoder import load_autoencoder, save_autoencoder
 from modeling.bagel.latents import LatentEncoder
 from modeling.build import build_model, initial_values
 from modeling.qwen2 import mot
+from modeling.source import read_source
 from scripts.data import make_quickstart, make_quickstart_model
 from train import main_autoencoder
 from train.config import LossArgs
@@ -90,7 +91,7 @@ def step(how: str, folder: Path) -> str:
     torch.set_float32_matmul_precision(precision)
     mot.BLOCK = int(block)
     base = folder / "base"
-    model = build_model(base)
+    model = build_model(read_source(base).config)
     value = initial_values(model.config, 0)
     model.to_empty(device="cpu")
     with torch.no_grad():

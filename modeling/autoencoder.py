@@ -1,6 +1,7 @@
 """The image autoencoder: pixels in [-1, 1] to scaled latents and back, in the layout of the FLUX autoencoder.
 
-In: `b 3 hh ww` pixels, or a model directory with `ae.safetensors` (and `ae_config.json`; absent = the published size).
+In: `b 3 hh ww` pixels, or a model directory with `ae.safetensors` (and `ae_config.json`; absent = the published size), or a
+diffusers `AutoencoderKL` directory.
 Out: `b z h w` latents of about unit variance, each side divided by `AutoEncoderConfig.downsample`; from latents, pixels.
 Parameter names are those of the published file. It is trained by `train/main_autoencoder.py` and frozen everywhere else.
 
@@ -8,6 +9,7 @@ Letters here: `b` images, `c` channels, `hh ww` pixels, `z h w` latents.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -22,6 +24,11 @@ from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from modeling.diffusers_autoencoder import WEIGHTS_NAME as DIFFUSERS_WEIGHTS
+from modeling.diffusers_autoencoder import from_diffusers, read_diffusers_config
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_NAMES = ("ae.safetensors", "vae_model.safetensors")
 """Where the weights are looked for, in this order."""
@@ -340,43 +347,65 @@ def _norm(width: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
-def load_autoencoder(model_dir: str | Path, device: torch.device | str = "cpu") -> AutoEncoder:
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> AutoEncoder:
     """The frozen autoencoder of a model directory, in float32 and eval mode.
 
     Args:
-        model_dir: holds `ae.safetensors` or `vae_model.safetensors` (names may begin with `module.`), and `ae_config.json`
-            unless the autoencoder has the published size.
+        path: a directory with `ae.safetensors` or `vae_model.safetensors` (names may begin with `module.`), and `ae_config.json`
+            unless the autoencoder has the published size; such a weights file itself; or a diffusers `AutoencoderKL` directory.
         device: where to put it.
 
     Raises:
         ValueError: if a file is missing or unreadable, or if names or shapes do not fit; all of them are listed.
     """
-    folder = Path(model_dir)
-    config = read_config(folder)
-    file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"{folder}: no {' or '.join(WEIGHTS_NAMES)} here; copy the published file, or train one: train/main_autoencoder.py"
-        )
+    config, file = read_config(path), find_autoencoder(path)
     try:
         loaded = load_file(str(file))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
     state = {name.removeprefix("module."): tensor.float() for name, tensor in loaded.items()}
+    if file.name == DIFFUSERS_WEIGHTS:
+        state = from_diffusers(state, len(config.ch_mult))
     with torch.device("meta"):
         model = AutoEncoder(config)
     _require_same_keys(state, model.state_dict(), file)
     model.load_state_dict(state, assign=True)
+    logger.info("%s: autoencoder: %d of %d tensors loaded", file, len(state), len(state))
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_config(model_dir: str | Path) -> AutoEncoderConfig:
-    """The directory's `ae_config.json`; the published values if there is none.
+def find_autoencoder(path: str | Path) -> Path:
+    """The file that holds an autoencoder's weights; `path` as in `load_autoencoder`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    names = (*WEIGHTS_NAMES, DIFFUSERS_WEIGHTS)
+    file = next((place / name for name in names if (place / name).is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"{place}: no {' or '.join(WEIGHTS_NAMES)} here; copy the published file, or train one: train/main_autoencoder.py"
+        )
+    return file
+
+
+def read_config(path: str | Path) -> AutoEncoderConfig:
+    """The size of an autoencoder: of `ae_config.json`, or of a diffusers `config.json`; the published values if there is neither.
+
+    Args:
+        path: as in `load_autoencoder`.
 
     Raises:
         ValueError: if the file is not JSON or not a usable config.
     """
-    file = Path(model_dir) / CONFIG_NAME
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    holds = [name for name in (*WEIGHTS_NAMES, DIFFUSERS_WEIGHTS) if (folder / name).is_file()]
+    if DIFFUSERS_WEIGHTS in (Path(path).name, *holds[:1]):
+        return AutoEncoderConfig.from_json(read_diffusers_config(folder), where=str(folder / "config.json"))
+    file = folder / CONFIG_NAME
     if not file.is_file():
         return AutoEncoderConfig()
     try:
@@ -411,6 +440,6 @@ def _require_same_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     }
     lines = [f"  {what} ({len(names)}): {', '.join(names)}" for what, names in wrong.items() if names]
     if lines:
-        config = file.parent / CONFIG_NAME
+        config = file.parent / (CONFIG_NAME if file.name != DIFFUSERS_WEIGHTS else "config.json")
         source = config if config.is_file() else f"the published values ({config} does not exist)"
         raise ValueError("\n".join([f"{file}: the weights do not fit the autoencoder of {source}", *lines]))

@@ -2,7 +2,8 @@
 
 Read: `ema.safetensors` or `model.safetensors`, their `_bf16` copies where the originals are absent, or several files with an
 `*.safetensors.index.json`. Keys may carry the prefixes of wrappers (`module.`, `bagel.`). What is computed and not read (position
-tables, rotary tables), and what belongs to another model (a VAE kept beside), is left out here.
+tables, rotary tables), and what belongs to another model (a VAE kept beside), is left out here. The files are mapped, not copied:
+a node holds one copy of the pages in use, a process one tensor. `modeling/tensor_file.py` writes what is read here.
 """
 
 import json
@@ -12,30 +13,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 """Kind of weights -> the file that export writes and that is looked for first."""
-TOWER = "vit_model.safetensors"
 PREFIXES = ("module.", "bagel.")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Precision as a safetensors header spells it -> torch's; what has another is no weight."""
 NOT_READ = re.compile(r"^(vae_model\.|latent_pos_embed\.|vit_pos_embed\.)|\.rope\.(cos|sin)_[hw]$")
 VIT_LAYER = re.compile(r"^vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """Tensors by key; nothing is read before `read`.
 
     Attributes:
         name: of the file or index, for messages.
-        shapes: key -> shape.
-        table_sides: key -> side of the square position table that is stored under it.
+        shapes: key -> shape of what a model takes from here.
+        dtypes: key -> precision, of the tables too; counters and the like have none.
+        tables: key -> shape of the stored position tables. They can be read and need not be.
+        origins: key -> (file, key there).
     """
 
     name: Path
     shapes: Mapping[str, tuple[int, ...]]
-    table_sides: Mapping[str, int]
+    dtypes: Mapping[str, torch.dtype]
+    tables: Mapping[str, tuple[int, ...]]
+    origins: Mapping[str, tuple[Path, str]]
     _read: Callable[[str], Tensor]
 
     def read(self, key: str) -> Tensor:
@@ -43,10 +50,45 @@ class Weights:
         return self._read(key)
 
     @property
+    def table_sides(self) -> dict[str, int]:
+        """Key of a square position table -> positions per side."""
+        return {key: math.isqrt(shape[0]) for key, shape in self.tables.items()}
+
+    @property
     def vit_depth(self) -> int:
         """Layers of the vision tower that are there."""
         layers = [int(found[1]) for key in self.shapes if (found := VIT_LAYER.match(key))]
         return max(layers, default=-1) + 1
+
+    def renamed(
+        self, keys: Mapping[str, str], change: Callable[[str, Tensor], Tensor] | None = None
+    ) -> "Weights":
+        """The same tensors under other names.
+
+        Args:
+            keys: new key -> key here; one tensor may have several new keys, and what has none keeps its own.
+            change: (new key, tensor) -> tensor, a cheap rearrangement such as a flattening.
+        """
+        taken = set(keys.values())
+        names = {**keys, **{key: key for key in self.shapes if key not in taken}}
+
+        def read(key: str) -> Tensor:
+            tensor = self.read(names[key])
+            return tensor if change is None else change(key, tensor)
+
+        def shape(new: str, old: str) -> tuple[int, ...]:
+            if change is None or old not in taken:
+                return self.shapes[old]
+            return tuple(change(new, torch.empty(self.shapes[old], device="meta")).shape)
+
+        return Weights(
+            name=self.name,
+            shapes={new: shape(new, old) for new, old in names.items()},
+            dtypes={new: self.dtypes[old] for new, old in names.items() if old in self.dtypes},
+            tables=self.tables,
+            origins={new: self.origins[old] for new, old in names.items()},
+            _read=read,
+        )
 
 
 def find_weights(model_dir: str | Path, kind: str) -> Path | None:
@@ -58,7 +100,8 @@ def find_weights(model_dir: str | Path, kind: str) -> Path | None:
         f"{stem}_bf16.safetensors",
         f"{stem}_bf16.safetensors.index.json",
     )
-    return next((root / name for name in names if (root / name).is_file()), None)
+    files = (root / name for name in names if (root / name).is_file())
+    return next((file for file in files if file.suffix != ".json" or _names_tensors(file)), None)
 
 
 def open_weights(file: Path) -> Weights:
@@ -70,19 +113,36 @@ def open_weights(file: Path) -> Weights:
     stores = {shard: _open(shard) for shard in _shards(file)}
     places: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    sides: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    tables: dict[str, tuple[int, ...]] = {}
     for shard, store in stores.items():
         for stored in store.keys():  # noqa: SIM118 - not a dict
-            key = _plain(stored)
-            if key.endswith("pos_embed.pos_embed"):
-                sides[key] = math.isqrt(store.get_slice(stored).get_shape()[0])
-            if NOT_READ.search(key):
+            key, part = _plain(stored), store.get_slice(stored)
+            is_table = key.endswith("pos_embed.pos_embed")
+            if NOT_READ.search(key) and not is_table:
                 continue
             if key in places:
                 raise ValueError(f"{shard}: holds {key} once more; it is in {places[key][0].name} too")
             places[key] = (shard, stored)
-            shapes[key] = tuple(store.get_slice(stored).get_shape())
-    return Weights(file, shapes, sides, lambda key: stores[places[key][0]].get_tensor(places[key][1]))
+            if part.get_dtype() in DTYPES:
+                dtypes[key] = DTYPES[part.get_dtype()]
+            (tables if is_table else shapes)[key] = tuple(part.get_shape())
+    return Weights(
+        name=file,
+        shapes=shapes,
+        dtypes=dtypes,
+        tables=tables,
+        origins=places,
+        _read=lambda key: stores[places[key][0]].get_tensor(places[key][1]),
+    )
+
+
+def _names_tensors(index: Path) -> bool:
+    """Whether an index maps tensors to files. Some published trainers write a map of components under the same name."""
+    try:
+        return any(key.endswith((".weight", ".bias")) for key in json.loads(index.read_text())["weight_map"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return True  # whatever it is, `open_weights` says what is wrong with it
 
 
 def _shards(file: Path) -> list[Path]:

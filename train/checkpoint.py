@@ -5,7 +5,6 @@
 that name is whole, and nothing in it is read before its hashes match.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from torch import Tensor
 from train.config import CheckpointArgs
 from train.distributed.collectives import barrier, gather_objects, on_main, rank, world_size
 from train.distributed.dcp import load_tensors, save_tensors, stored_shapes
+from train.files import describe_file, discard, sync_directory, write_json
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ PUBLISHED_WEIGHTS = (
     "model.safetensors.index.json",
     "ema.safetensors.index.json",
 )
-CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +93,8 @@ class Checkpoints:
         on_main(lambda: self._begin(draft))
         save_tensors(draft / TENSORS, state.tensors())
         progress = state.progress()
-        on_main(lambda: _write_json(draft / DATA, progress))
-        on_main(lambda: _write_json(draft / ARGS, self.flags))
+        on_main(lambda: write_json(draft / DATA, progress))
+        on_main(lambda: write_json(draft / ARGS, self.flags))
         barrier()
         files = _describe_files(draft, _files_in(draft))
         on_main(
@@ -108,7 +107,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete step; half-written and foreign directories do not count. Looks at sizes, not yet at hashes."""
-        return next((path for path in reversed(self._steps()) if _read_manifest(path) is not None), None)
+        return next(reversed(complete_steps(self.directory)), None)
 
     def restore(self, state: TrainState, start: Start) -> None:
         """Put a checkpoint of ours into the state, on any number of ranks; every rank must call.
@@ -189,25 +188,20 @@ class Checkpoints:
         (draft / TENSORS).mkdir(parents=True)
 
     def _complete(self, draft: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        _write_json(draft / MANIFEST, manifest)
-        _sync(draft)
+        write_json(draft / MANIFEST, manifest)
+        sync_directory(draft)
         if final.exists():  # only a damaged one: `open` refuses to run beside whole ones
-            _discard(final)
+            discard(final)
         os.rename(draft, final)
-        _sync(self.directory)
+        sync_directory(self.directory)
         if self.max_checkpoints:
             # A damaged directory beyond this step must not count as one of the newest: it would push this one out.
             written = [path for path in self._steps() if int(path.name) <= manifest["step"]]
             for path in written[: -self.max_checkpoints]:
-                _discard(path)
+                discard(path)
 
     def _steps(self) -> list[Path]:
-        if not self.directory.is_dir():
-            return []
-        steps = [
-            path for path in self.directory.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()
-        ]
-        return sorted(steps, key=lambda path: int(path.name))
+        return _steps_in(self.directory)
 
     def _tell_changes(self, path: Path) -> None:
         before = json.loads((path / ARGS).read_text(encoding="utf-8"))
@@ -216,6 +210,11 @@ class Checkpoints:
                 logger.info(
                     "--%s is %s now, it was %s when the checkpoint was written", name, value, before[name]
                 )
+
+
+def complete_steps(directory: Path) -> list[Path]:
+    """The complete steps' directories, the newest last. Looks at sizes, not at hashes."""
+    return [path for path in _steps_in(directory) if _read_manifest(path) is not None]
 
 
 def load_weights(state: TrainState, path: Path, *, from_ema: bool) -> None:
@@ -249,6 +248,14 @@ def require_intact(path: Path) -> None:
         )
 
 
+def _steps_in(directory: Path) -> list[Path]:
+    """Every directory with the name of a step, complete or not, in order."""
+    if not directory.is_dir():
+        return []
+    steps = [path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name))
+
+
 def _averaged_names(path: Path) -> set[str]:
     return {name.removeprefix("ema.") for name in stored_shapes(path / TENSORS) if name.startswith("ema.")}
 
@@ -274,34 +281,5 @@ def _files_in(path: Path) -> list[str]:
 
 def _describe_files(path: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Size and hash of files by name; each rank reads its share."""
-    own = {}
-    for name in names[rank() :: world_size()]:
-        digest, size = hashlib.sha256(), 0
-        with (path / name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-        own[name] = {"bytes": size, "sha256": digest.hexdigest()}
+    own = {name: describe_file(path / name) for name in names[rank() :: world_size()]}
     return {name: entry for share in gather_objects(own) for name, entry in share.items()}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    # Renamed first: killed in the middle, it must not look like a checkpoint.
-    old = path.with_name(path.name + ".old")
-    os.rename(path, old)
-    shutil.rmtree(old)

@@ -18,7 +18,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
 Dtype = Literal["fp32", "bf16"]
+Layer = Literal["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer"]
 Packer = Literal["conserving", "upstream_compat"]
 Strategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
@@ -30,7 +32,7 @@ def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
-    """Model."""
+    """Model. A flag that is not given is as the files of --model_path say; one that contradicts them is an error."""
 
     model_path: str = flag(
         "hf/BAGEL-7B-MoT",
@@ -38,11 +40,72 @@ class ModelArgs:
     )
     from_scratch: bool = flag(
         False,
-        "Start from random weights, drawn from --global_seed; without it a directory without weights is an error.",
+        "What no --llm_path or --vit_path gives starts from random weights, drawn from --global_seed, even if --model_path has "
+        "some; without it a directory without weights is an error.",
+    )
+    finetune_from_hf: bool = flag(
+        False, "The model is the one of --model_path; together with --llm_path or --vit_path an error."
+    )
+    llm_path: str | None = flag(
+        None,
+        "Hugging Face directory of a Qwen2 or Qwen2.5 language model: build a fresh model around it (needs --from_scratch True).",
     )
     vit_path: str | None = flag(
         None,
-        "Directory with `vit_model.safetensors`: start the vision tower from it, whatever the rest starts from.",
+        "Start the vision tower from here, whatever the rest starts from: a directory with `vit_model.safetensors`, or a Hugging "
+        "Face SigLIP directory, which with --from_scratch True also says what the tower is.",
+    )
+    vae_path: str | None = flag(
+        None,
+        "Autoencoder: a directory with `ae.safetensors`, such a file, or a diffusers AutoencoderKL directory; None: "
+        "--model_path.",
+    )
+    copy_init_moe: bool | None = flag(
+        None,
+        "Start the generation expert as a copy of the understanding expert; None: if --llm_path gives that one.",
+    )
+    layer_module: Layer | None = flag(
+        None, "Decoder layer; None: as --model_path says, fresh: Qwen2MoTDecoderLayer."
+    )
+    llm_qk_norm: bool | None = flag(
+        None, "Normalise queries and keys of every head; None: as --model_path says, fresh: True."
+    )
+    tie_word_embeddings: bool | None = flag(
+        None, "Output layer and embeddings are one tensor; None: as --model_path says, fresh: False."
+    )
+    vit_select_layer: int | None = flag(
+        None,
+        "The tower's output is that of this layer, from the end of what `vit_config.json` counts (-1: the last one); later "
+        "layers are not built; None: as --model_path says, published and fresh: -2.",
+        high=-1,
+    )
+    vit_rope: bool | None = flag(
+        None, "Rotary instead of learned positions in the tower; None: as --model_path says, fresh: False."
+    )
+    vit_patch_size: int | None = flag(
+        None, "Side of a patch in pixels; None: as --model_path or --vit_path says.", low=1
+    )
+    vit_max_num_patch_per_side: int | None = flag(
+        None,
+        "Side of the table of the tower's positions, which pictures must fit into; None: as --model_path says, fresh: as many as "
+        "the tower has learned.",
+        low=1,
+    )
+    latent_patch_size: int | None = flag(
+        None, "Latent cells per side that make one token; None: as --model_path says, else 2.", low=1
+    )
+    max_latent_size: int | None = flag(
+        None,
+        "Side of the table of latent positions, which drawn pictures must fit into; None: as --model_path says, fresh: 32.",
+        low=1,
+    )
+    connector_act: Activation | None = flag(
+        None, "Activation of the connector; None: as --model_path says, else gelu_pytorch_tanh."
+    )
+    interpolate_pos: bool | None = flag(
+        None,
+        "Spread every picture over the whole position tables instead of using their upper left corner; None: as --model_path "
+        "says, else False.",
     )
 
 
@@ -344,7 +407,9 @@ def build_args(values: Mapping[str, Any]) -> Args:
     for name, value in values.items():
         low, high = FLAGS[name].field.metadata["low"], FLAGS[name].field.metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
-            limits = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            limits = f"from {low:g} to {high:g}"
+            if math.isinf(low) or math.isinf(high):
+                limits = f"at most {high:g}" if math.isinf(low) else f"at least {low:g}"
             raise ValueError(f"--{name} {value} must be {limits}")
     groups = {
         group: group_class(**{n: v for n, v in values.items() if FLAGS[n].group == group})
@@ -509,7 +574,12 @@ def _require_consistent(args: Args) -> None:
         raise ValueError(f"--min_lr {optim.min_lr} is above --lr {optim.lr}")
     if checkpoint.resume_model_only and checkpoint.resume_from is None:
         raise ValueError("--resume_model_only needs --resume_from: the checkpoint to take the weights from")
-    if checkpoint.resume_model_only and args.model.vit_path:
+    if args.model.finetune_from_hf and (other := args.model.llm_path or args.model.vit_path):
+        raise ValueError(
+            f"--finetune_from_hf True takes the model of --model_path {args.model.model_path}; {other} (--llm_path, --vit_path) "
+            "would not be used: leave one of the two out"
+        )
+    if checkpoint.resume_model_only and args.model.vit_path and not args.model.llm_path:
         raise ValueError(
             "--vit_path with --resume_model_only: the checkpoint has a vision tower of its own; leave one of the two out"
         )

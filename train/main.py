@@ -24,19 +24,21 @@ from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
-from modeling.build import build_model, initial_values, stored_values, weights_kind, with_tower
+from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
+from modeling.source import ModelSource
 from train.checkpoint import Checkpoints, Start
 from train.config import Args, parse_args
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
-from train.distributed.sharding import FillValue, materialise, shard_model
+from train.distributed.sharding import materialise, shard_model
 from train.ema import Ema
-from train.export import export_model
+from train.export import export_model, require_replaceable
 from train.loop import Run, train
 from train.objective import Objective
 from train.optim import build_optimizer
 from train.param_manager import describe, freeze, optimizer_groups
 from train.report import Reporter
+from train.source import model_source
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -47,18 +49,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
         torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
-        tokenizer = Tokenizer(args.model.model_path)
+        source = model_source(args.model)  # every configuration file; no weights yet
+        tokenizer = Tokenizer(source.tokenizer_path)
         groups = build_groups(load_mixture(args.data.dataset_config_file), tokenizer)
         checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
         start = checkpoints.open(args.checkpoint)
+        target = Path(args.checkpoint.results_dir) / "model"
+        require_replaceable(target)  # known now, not after the last step
 
-        model = build_model(args.model.model_path)  # meta device, plain modules
+        model = build_model(source.config)  # meta device, plain modules
         _require_vocabulary(model, tokenizer)
         freeze(model, args.params)
-        values = starting_values(args, model, start)
+        values = first_values(args, source, model, start)
         logger.info("%s", describe(model, args.params, args.optim.lr))
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
-        vae = load_autoencoder(args.model.model_path, world.device)
+        vae = load_autoencoder(source.vae_path, world.device)
         plan = stream_plan(args, groups, tokenizer, model.config.layout)
         if args.train.validate_only:
             return validate(model, plan, world)
@@ -88,22 +93,19 @@ def main(argv: list[str] | None = None) -> None:
             is_main=world.is_main,
         ) as reporter:
             train(run, state, batches, checkpoints, reporter)
-        target = Path(args.checkpoint.results_dir) / "model"
-        export_model(state, Path(args.model.model_path), target)
+        export_model(state, source, target, run=str(args.checkpoint.results_dir))
         logger.info("wrote the trained model to %s", target)
 
 
-def starting_values(args: Args, model: Bagel, start: Start | None) -> FillValue:
+def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:
     """Where the weights come from: a checkpoint of ours is read later, over random values."""
     if start is not None and not start.published:
         return initial_values(model.config, args.train.global_seed)
-    directory = args.model.model_path if start is None else start.path
-    if start is None and args.model.from_scratch:
-        values = initial_values(model.config, args.train.global_seed)
-    else:
-        kind = weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
-        values = stored_values(directory, model, kind)
-    return with_tower(values, args.model.vit_path, model) if args.model.vit_path else values
+    directory = source.model_path if start is None else start.path
+    kind = weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
+    if start is not None:
+        return stored_values(directory, model, kind)
+    return starting_values(source, model, weights=kind, seed=args.train.global_seed)
 
 
 def open_loader(args: Args, plan: StreamPlan, world: World, state: TrainState) -> Iterator[PackedBatch]:

@@ -33,11 +33,12 @@ from data.readers import CocoSource, Record
 from data.tokens import Tokenizer
 from data.transforms.boxes import read_mask
 from data.transforms.image import ImageTransform
-from modeling.bagel.config import BagelConfig
 from modeling.bagel.init import initial_value
+from modeling.huggingface import TOWER
 from modeling.ops.attention import AttentionPlan
 from modeling.ops.patch import normalise_pixels
 from modeling.siglip.model import SiglipVisionModel
+from modeling.source import read_source
 from train.distributed.session import World, run_entry, session
 from train.warm_up_run import (
     ProgressLog,
@@ -50,7 +51,7 @@ from train.warm_up_run import (
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME, LOG_NAME = "vit_model.safetensors", "vit_log.jsonl"
+LOG_NAME = "vit_log.jsonl"
 MAX_NAMES = 4096
 """Every region meets every name, so there may not be too many."""
 
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read, train, report, write."""
     args = parse_args(argv)
     require_writable(args.output_dir)
-    config = BagelConfig.from_model_dir(args.model_path or args.output_dir)
+    config = read_source(args.model_path or args.output_dir).config
     tokenizer = Tokenizer(args.model_path or args.output_dir)
     side, patch = config.vit.image_size, config.vit.patch_size
     transform = ImageTransform(max_image_size=side, min_image_size=side, stride=patch)
@@ -154,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                   + (", held out" if args.val_coco_path else ", training regions"))  # fmt: skip
         if world.is_main:
             tensors = {n: p.detach().cpu().contiguous() for n, p in model.vit.named_parameters()}
-            draft = (args.output_dir / WEIGHTS_NAME).with_suffix(".tmp")
+            draft = (args.output_dir / TOWER).with_suffix(".tmp")
             save_file(tensors, draft)
-            draft.replace(args.output_dir / WEIGHTS_NAME)
-            log.say(f"written to {args.output_dir / WEIGHTS_NAME}")
+            draft.replace(args.output_dir / TOWER)
+            log.say(f"written to {args.output_dir / TOWER}")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

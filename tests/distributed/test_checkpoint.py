@@ -142,7 +142,7 @@ def test_a_save_that_is_killed_at_any_file_leaves_the_last_one(
 
     stops = {
         "save_tensors": killed,
-        "_write_json": killed,
+        "write_json": killed,
         "_describe_files": killed,
         "os.rename": killed_at_the_end,
     }

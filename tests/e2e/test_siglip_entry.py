@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling.build import build_model, initial_values, with_tower
+from modeling.build import build_model, starting_values
+from modeling.source import read_source
 from tests.e2e.conftest import Quickstart
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +54,9 @@ def test_it_learns_and_leaves_a_tower_that_the_trainer_starts_from(base: Path) -
     assert [row["step"] for row in rows[:-1]] == [2, 4, 6]
     assert rows[2]["loss"] < rows[0]["loss"]
     assert 0 <= rows[-1]["named_right"] <= 1
-    model = build_model(base)
-    values = with_tower(initial_values(model.config, 0), base, model)
+    source = read_source(base, vit_path=base, from_scratch=True)
+    model = build_model(source.config)
+    values = starting_values(source, model, weights="model", seed=0)
     stored = load_file(base / "vit_model.safetensors")
     for name, p in model.named_parameters():
         if name.startswith("vit_model."):
@@ -75,11 +77,16 @@ def test_another_tower_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     tensors = load_file(base / "vit_model.safetensors")
     tensors.pop("vision_model.post_layernorm.bias")
     save_file(tensors, tmp_path / "vit_model.safetensors")
-    model = build_model(base)
-    with pytest.raises(ValueError, match="1 tensors .* first vision_model.post_layernorm.bias"):
-        with_tower(initial_values(model.config, 0), tmp_path, model)
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        with_tower(initial_values(model.config, 0), tmp_path / "nowhere", model)
+    for place, message in (
+        (
+            tmp_path,
+            r"vit_model.safetensors: 1 tensors missing, .*: lacks vit_model.vision_model.post_layernorm.bias$",
+        ),
+        (tmp_path / "nowhere", "--vit_path .*nowhere/vit_model.safetensors: cannot be read as safetensors"),
+    ):
+        source = read_source(base, vit_path=place, from_scratch=True)
+        with pytest.raises(ValueError, match=message):
+            starting_values(source, build_model(source.config), weights="model", seed=0)
 
 
 def test_a_missing_file_is_one_line(quickstart: Quickstart, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 
 def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -66,6 +67,44 @@ def stored_shapes(directory: Path) -> dict[str, torch.Size]:
     """Names and full shapes of what is there."""
     entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+class StoredTensors:
+    """What is in a directory, read one tensor at a time, by one process.
+
+    Args:
+        directory: see `load_tensors`; its metadata is read once.
+    """
+
+    def __init__(self, directory: Path):
+        self._reader = _CachedMetadata(directory)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+        self.shapes = {name: tuple(entry.size) for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        tensors = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name])}
+        try:
+            with _alone_on_purpose():
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            raise ValueError(f"{self._reader.path}: {name} cannot be read: {_cause(error)}") from error
+        return tensors[name]
+
+
+class _CachedMetadata(dcp.FileSystemReader):
+    """Torch reads all of the metadata again for every load; of a large model that is most of the time."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if not hasattr(self, "_metadata"):
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
 
 @contextmanager

@@ -124,10 +124,16 @@ def full_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
     for name, x in named:
-        full = x.full_tensor() if isinstance(x, DTensor) else x
+        full = full_tensor(x)
         if is_main:
             whole[name] = full.detach().to("cpu", copy=True)
     return whole
+
+
+@torch.no_grad()
+def full_tensor(x: Tensor) -> Tensor:
+    """The whole of a tensor, on its device; every rank must call."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def local(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ DATA = ["--dataset_config_file", "mix.yaml"]
 
 def flag_lines() -> str:
     lines = [
-        f"{row.group:<11}{name:<28}{row.kind:<50}{row.field.default}".rstrip() for name, row in FLAGS.items()
+        f"{row.group:<11}{name:<28}{row.kind:<62}{row.field.default}".rstrip() for name, row in FLAGS.items()
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,6 +83,11 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
             ["--resume_from", "a", "--finetune_from_ema"],
             "--finetune_from_ema with --resume_from needs --resume_model_only",
         ),
+        (
+            ["--finetune_from_hf", "--llm_path", "hf/Qwen2.5"],
+            "--finetune_from_hf True takes the model of --model_path hf/BAGEL-7B-MoT; hf/Qwen2.5 (--llm_path, --vit_path)",
+        ),
+        (["--vit_select_layer", "0"], "--vit_select_layer 0 must be at most -1"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
     ],
 )

@@ -1,0 +1,45 @@
+"""Files and directories that are there whole or not at all: written aside, synced, renamed; hashed for manifests."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 1 << 22
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Write JSON and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """`{"bytes": size, "sha256": hash}` of a file, as manifests hold it."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Delete a directory. It is renamed first: killed in the middle, what is left must not look whole."""
+    old = path.with_name(path.name + ".old")
+    os.rename(path, old)
+    shutil.rmtree(old)

@@ -1,0 +1,21 @@
+"""The model flags -> where the model comes from, for the trainer and for exports of its checkpoints."""
+
+from modeling.source import FLAGS, ModelSource, read_source
+from train.config import ModelArgs
+
+
+def model_source(args: ModelArgs) -> ModelSource:
+    """Read what the flags name; see `modeling.source.read_source`.
+
+    Raises:
+        ValueError: naming the file, key or flag that is missing, unreadable or contradicts another.
+    """
+    return read_source(
+        args.model_path,
+        llm_path=args.llm_path,
+        vit_path=args.vit_path,
+        vae_path=args.vae_path,
+        from_scratch=args.from_scratch,
+        copy_init_moe=args.copy_init_moe,
+        flags={name: getattr(args, name) for name in FLAGS},
+    )
