@@ -1,11 +1,13 @@
 """Terms + weights + global counts -> the scalar that is differentiated. Pure; the only place that divides.
 
 A step's gradient is that of  sum over terms of  weight x (sum over all ranks and micro-batches of the term's total) / (the same
-sum of its count), whatever way the samples fall into packs, micro-batches and ranks.
+sum of its count), whatever way the samples fall into packs, micro-batches and ranks. With `--loss_divisor micro_batch`, as
+published, each micro-batch is divided by its own count (over all ranks), and the micro-batches are averaged.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from data.types import PackedBatch
 from modeling.losses import LOSSES
 from modeling.types import FlowState, LossTerm, ModelOutput
+
+Divisor = Literal["step", "micro_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,28 @@ class Objective:
             for n, t, c in zip(self.weights, totals, counts.unbind(), strict=True)
         )
 
-    def scalar(self, terms: tuple[LossTerm, ...], global_counts: Tensor) -> Tensor:
+    def scalar(self, terms: tuple[LossTerm, ...], divisor: Tensor) -> Tensor:
         """What this pack adds to the step's loss.
 
         Args:
             terms: of this pack.
-            global_counts: `k`, summed over all packs of the step on all ranks; a term whose count is 0 adds nothing.
+            divisor: `k`, its row of `divisors`; a term with a divisor of 0 adds nothing.
         """
         parts = [
             self.weights[term.name] * term.total / max(count, 1e-12)
-            for term, count in zip(terms, global_counts.tolist(), strict=True)
+            for term, count in zip(terms, divisor.tolist(), strict=True)
         ]
         return torch.stack([p.float() for p in parts]).sum()
+
+
+def divisors(counts: Tensor, per: Divisor) -> Tensor:
+    """What the sums of every micro-batch are divided by.
+
+    Args:
+        counts: `m k`, of the step's micro-batches, each summed over all ranks.
+        per: `step`: all by the counts of the whole step; `micro_batch`: each by its own, times their number.
+
+    Returns:
+        `m k`.
+    """
+    return counts.sum(0).expand_as(counts) if per == "step" else counts * len(counts)
