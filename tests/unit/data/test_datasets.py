@@ -172,6 +172,20 @@ def test_an_edit_whose_answer_follows_the_picture(tokenizer):
     assert plan(sample_of(make(EditDataset, tokenizer), row), tokenizer) == expected
 
 
+def test_an_edit_that_points_before_it_draws(tokenizer):
+    row = {
+        **EDIT,
+        "message": message("Paint the 7. <image>", "Here: <BOX> <image>"),
+        "objects": {"ref": ["the 7"], "bbox": [[8, 0, 16, 32]]},
+    }
+    sample = sample_of(make(EditDataset, tokenizer, drop_condition=True), row)
+    # The picture that a box lies in is never left out.
+    expected = ["?Paint the 7.", "?cond_image:1", "und_image:1", "*Here: <BOX>", "gen_image:2"]
+    assert plan(sample, tokenizer) == expected
+    (region,) = sample.regions
+    assert (region.head, region.image, region.segment, region.name) == ("box", 2, 3, "the 7")
+
+
 @pytest.mark.parametrize("missing", ["input_img", "output_img"])
 def test_an_edit_without_a_picture_is_refused(tokenizer, missing):
     with pytest.raises(SkipSample, match="input_img and output_img"):
