@@ -8,7 +8,7 @@ Prompts of one call may differ in length, order and picture size; each gives wha
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What was drawn, and the answer text and the thought if they were asked for first."""
+    """What was drawn; and if the model wrote first, its text, its thought, and what it pointed at in the last picture given."""
 
     image: Image.Image
     text: str
     thought: str = ""
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    masks: list[NDArray[np.bool_]] = field(default_factory=list)
 
 
 class Inferencer:
@@ -183,7 +185,8 @@ class Inferencer:
         answers = []
         for request, prompt, said, heads in zip(requests, prompts, written, found, strict=True):
             thought, text = _split(self.tokenizer.decode(said.ids, keep_special=True), request)
-            answers.append(_answer(text, thought, heads, prompt.pictures))
+            boxes, masks = _regions(heads, prompt.pictures)
+            answers.append(Answer(text=text, boxes=boxes, masks=masks, thought=thought))
         return answers
 
     def generate(
@@ -232,12 +235,18 @@ class Inferencer:
             _choice(len(prompts), do_sample, temperature, seed),
             writes=[r.answer_first or bool(r.think) for r in requests],
         )
+        found = self.decoder.perceive(context, written)
         seeds = [seed + i for i in range(len(requests))]
         images = self.decoder.draw(context, sizes, seeds, options, without_text, without_images)
         generations = []
-        for request, said, image in zip(requests, written, images, strict=True):
+        for request, prompt, said, heads, image in zip(
+            requests, prompts, written, found, images, strict=True
+        ):
             thought, text = _split(self.tokenizer.decode(said.ids), request)
-            generations.append(Generation(image=_to_image(image), text=text, thought=thought))
+            boxes, masks = _regions(heads, prompt.pictures)
+            generations.append(
+                Generation(image=_to_image(image), text=text, thought=thought, boxes=boxes, masks=masks)
+            )
         return generations
 
     def _prompt(self, request: Prompt, roles: Sequence[Kind], ask_to_think: str) -> "_LaidOut":
@@ -348,9 +357,10 @@ def _split(text: str, request: Prompt) -> tuple[str, str]:
     return thought.strip(), (before + said).strip()
 
 
-def _answer(
-    text: str, thought: str, heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]
-) -> Answer:
+def _regions(
+    heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]
+) -> tuple[list[tuple[float, float, float, float]], list[NDArray[np.bool_]]]:
+    """Boxes in pixels and masks at the size of the picture seen last, each in the order written."""
     boxes, masks = [], []
     for head, output in heads:
         width, height = seen[-1].size
@@ -359,7 +369,7 @@ def _answer(
             boxes.append((x0 * width, y0 * height, x1 * width, y1 * height))
         if head == "mask":
             masks.append(_mask(output, width, height))
-    return Answer(text=text, boxes=boxes, masks=masks, thought=thought)
+    return boxes, masks
 
 
 def _mask(output: HeadOutput, width: int, height: int) -> NDArray[np.bool_]:

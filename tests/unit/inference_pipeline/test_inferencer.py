@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.tokens import SPECIAL_TOKENS, Tokenizer
 from data.transforms.image import ImageTransform
+from inference_pipeline import inferencer
 from inference_pipeline.inferencer import (
     AS_PUBLISHED,
     THINK_BEFORE_ANSWERING,
@@ -171,6 +172,22 @@ def test_thoughts_come_back_beside_the_answer(make, monkeypatch: pytest.MonkeyPa
         (unasked,) = model.answer([Prompt(text="how many?")], 2)
         assert (unasked.thought, unasked.text) == ("", said)
     assert THINK_BEFORE_ANSWERING != THINK_BEFORE_DRAWING
+
+
+def test_what_is_pointed_at_before_drawing_comes_back(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    anchors = model.tokenizer.special.anchors
+    said = iter([anchors["box"], anchors["mask"], model.tokenizer.special.end])
+    monkeypatch.setattr(
+        inferencer, "likeliest", lambda logits, rows: torch.tensor([next(said, 0)] * len(logits))
+    )
+    prompt = Prompt(text="make it red", images=(image(1, 40, 56),), answer_first=True)
+    (drawn,) = model.generate([prompt], num_timesteps=2)
+    ((x0, y0, x1, y1),) = drawn.boxes
+    assert 0 <= x0 < x1 <= 56 and 0 <= y0 < y1 <= 40
+    assert [mask.shape for mask in drawn.masks] == [(40, 56)]
+    (unasked,) = model.generate([replace(prompt, answer_first=False)], num_timesteps=2)
+    assert not unasked.boxes and not unasked.masks
 
 
 def test_the_context_without_text(make) -> None:
