@@ -9,6 +9,7 @@ not write here.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,9 @@ def write_files(
                 file.write(data)
                 digest.update(data)
                 size += len(data)
+                del data  # or it would live on while the next tensor is read
+            file.flush()
+            os.fsync(file.fileno())
         written[part.name] = Written(size, digest.hexdigest())
     if len(plan) > 1:
         stem = plan[0].name.rsplit("-", 3)[0]
@@ -121,7 +125,9 @@ def _pieces(
             f"{name} {entry.shape} expected, not {given}"
         )
         flat = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous().reshape(-1)
+        del tensor
         yield flat.view(torch.uint8).numpy().data
+        del flat
 
 
 def _in_file_order(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -8,42 +8,90 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modeling.autoencoder import AutoEncoder, AutoEncoderConfig, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.build import load_model
+from modeling.build import build_model, load_model, starting_values, weights_kind
 from modeling.qwen2.config import Qwen2Config
 from modeling.siglip.config import SiglipConfig
-
-LLM = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "vocab_size": 40,
-}  # fmt: skip
-VIT = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8,
-    "image_size": 64,
-}  # fmt: skip
-Tensors = dict[str, torch.Tensor]
+from modeling.source import read_source
+from modeling.weights import find_weights, open_weights
+from tests.unit.modeling.published import (
+    LAYOUTS,
+    LLM,
+    TABLES,
+    VIT,
+    Tensors,
+    published_config,
+    published_tensors,
+    write_bagel,
+    write_json,
+    write_unimedvl,
+)
 
 
 @pytest.fixture
 def tensors() -> Tensors:
     """Weights as a published directory holds them."""
-    torch.manual_seed(0)
-    config = BagelConfig(
-        llm=Qwen2Config.from_json(LLM),
-        vit=SiglipConfig.from_json(VIT),
-        max_latent_size=6,
-        vit_max_num_patch_per_side=8,
-    )
-    return {k: torch.randn_like(v) for k, v in Bagel(config).state_dict().items()}
+    return published_tensors()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Configurations as published: no bagel_config.json, one layer too many in vit_config.json."""
-    (tmp_path / "llm_config.json").write_text(json.dumps(LLM))
-    (tmp_path / "vit_config.json").write_text(json.dumps({**VIT, "num_hidden_layers": 3}))
+    write_json(tmp_path / "llm_config.json", LLM)
+    write_json(tmp_path / "vit_config.json", {**VIT, "num_hidden_layers": 3})
+    write_json(tmp_path / "ae_config.json", AutoEncoderConfig(z_channels=4).to_json())
     return tmp_path
+
+
+# --------------------------------------------------------------------------------------------- layouts, whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_published_directory_loads_whole(
+    tmp_path: Path, tensors: Tensors, layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Show 4: full coverage, part by part, whatever the layout counts, wraps, copies and calls by other names."""
+    LAYOUTS[layout](tmp_path, tensors)
+    with caplog.at_level("INFO"):
+        model = load_model(tmp_path)
+    assert model.config == published_config()
+    for name, value in model.state_dict().items():
+        if "pos_embed.pos_embed" not in name:
+            expected = tensors[name].bfloat16().float() if layout == "BAGEL" else tensors[name]
+            assert torch.equal(value, expected), name
+    for part, count in {
+        "language_model": 31,
+        "language_model (gen)": 29,
+        "vit_model": 37,
+        "connector": 4,
+    }.items():
+        line = f"ema.safetensors: {part}: {count} of {count} tensors loaded, 0 in the file not used"
+        assert line in caplog.text, caplog.text
+    assert len(load_autoencoder(tmp_path).state_dict()) > 50
+    kept = "as many as vit_config.json counts; published loaders build one less and drop the last"
+    assert (kept in caplog.text) == (layout != "BAGEL")
+
+
+def test_the_kinds_of_weights_of_a_published_directory(tmp_path: Path, tensors: Tensors) -> None:
+    bagel, unimedvl = tmp_path / "bagel", tmp_path / "unimedvl"
+    for folder, write in ((bagel, write_bagel), (unimedvl, write_unimedvl)):
+        folder.mkdir()
+        write(folder, tensors)
+    assert (
+        find_weights(bagel, "model") == bagel / "model.safetensors.index.json"
+    )  # the same tensors, and the autoencoder's
+    index = json.loads((bagel / "model.safetensors.index.json").read_text())
+    assert open_weights(bagel / "model.safetensors.index.json").shapes.keys() >= {
+        k for k in index["weight_map"] if "pos_embed" not in k
+    }
+    key = "language_model.model.norm.weight"
+    last = dict(load_model(unimedvl, "model").named_parameters())
+    assert torch.equal(last[key], tensors[key] + 1)
+    (unimedvl / "model.safetensors").unlink()  # what is left under that name is a map of components
+    assert find_weights(unimedvl, "model") is None
+    assert weights_kind(unimedvl, prefer_ema=False) == "ema"
 
 
 def shards(folder: Path, tensors: Tensors) -> None:
@@ -52,10 +100,10 @@ def shards(folder: Path, tensors: Tensors) -> None:
     for file, keys in parts.items():
         save_file({k: tensors[k] for k in keys}, folder / file)
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
-    (folder / "ema.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "ema.safetensors.index.json", index)
 
 
-LAYOUTS: dict[str, Callable[[Path, Tensors], None]] = {
+FORMS: dict[str, Callable[[Path, Tensors], None]] = {
     "one file": lambda folder, t: save_file(t, folder / "ema.safetensors"),
     "shards": shards,
     "bf16": lambda folder, t: save_file(
@@ -67,19 +115,23 @@ LAYOUTS: dict[str, Callable[[Path, Tensors], None]] = {
     "with a VAE": lambda folder, t: save_file(
         {**t, "vae_model.encoder.conv_in.weight": torch.zeros(2)}, folder / "ema.safetensors"
     ),
+    "without tables": lambda folder, t: save_file(
+        {k: v for k, v in t.items() if "pos_embed." not in k}, folder / "ema.safetensors"
+    ),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_published_layout_loads_whole(folder: Path, tensors: Tensors, layout: str) -> None:
-    LAYOUTS[layout](folder, tensors)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_weights_loads_whole(folder: Path, tensors: Tensors, form: str) -> None:
+    FORMS[form](folder, tensors)
     model = load_model(folder)
     assert model.config.vit.num_hidden_layers == 2
-    assert (model.config.max_latent_size, model.config.vit_max_num_patch_per_side) == (6, 8)
-    assert model.config.layout.latent_positions_per_side == 6
+    sides = (6, 8) if form != "without tables" else (64, 70)
+    assert (model.config.max_latent_size, model.config.vit_max_num_patch_per_side) == sides
+    assert model.config.layout.latent_positions_per_side == sides[0]
     for name, value in model.state_dict().items():
         if "pos_embed.pos_embed" not in name:
-            expected = tensors[name].bfloat16().float() if layout == "bf16" else tensors[name]
+            expected = tensors[name].bfloat16().float() if form == "bf16" else tensors[name]
             assert torch.equal(value, expected), name
 
 
@@ -91,6 +143,31 @@ def test_coverage_is_told_by_component(
         load_model(folder)
     assert "ema.safetensors: connector: 4 of 4 tensors loaded, 0 in the file not used" in caplog.text
     assert "ema.safetensors: head: 0 of 0 tensors loaded, 1 in the file not used" in caplog.text
+
+
+@pytest.mark.parametrize("layer", ["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_what_the_files_leave_open_the_weights_show(folder: Path, layer: str, qk_norm: bool) -> None:
+    config = published_config(layer_module=layer, qk_norm=qk_norm)
+    save_file(published_tensors(config), folder / "ema.safetensors")
+    assert load_model(folder).config == config
+
+
+def test_the_weights_of_a_published_directory_overrule_its_files(
+    folder: Path, tensors: Tensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published loaders force experts, head norms, an untied output layer and learned positions, whatever the files say."""
+    save_file(tensors, folder / "ema.safetensors")
+    says = {"layer_module": "Qwen2DecoderLayer", "qk_norm": False, "tie_word_embeddings": True}
+    write_json(folder / "llm_config.json", {**LLM, **says})
+    write_json(folder / "vit_config.json", {**VIT, "num_hidden_layers": 3, "rope": True})
+    with caplog.at_level("INFO"):
+        assert load_model(folder).config == published_config()
+    for key in (*says, "rope"):
+        assert f"_config.json: {key} says" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------- what is refused
 
 
 def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
@@ -120,18 +197,93 @@ def test_what_does_not_fit_is_named(folder: Path, tensors: Tensors) -> None:
         load_model(folder)
 
 
-def test_a_tower_cut_short_is_refused_where_the_configuration_counts_right(
-    folder: Path, tensors: Tensors
-) -> None:
-    (folder / "bagel_config.json").write_text(
-        json.dumps({"max_latent_size": 6, "vit_max_num_patch_per_side": 8})
-    )
-    save_file(tensors, folder / "ema.safetensors")  # two layers, vit_config.json says three
+def without_last_layer(tensors: Tensors) -> Tensors:
+    return {k: v for k, v in tensors.items() if ".encoder.layers.1." not in k}
+
+
+DEPTHS: dict[str, tuple[int, dict[str, int] | None, Callable[[Tensors], Tensors], int | str]] = {
+    # num_hidden_layers, bagel_config.json, change of the weights (of two layers) -> layers, or what is said
+    "published": (3, None, dict, 2),
+    "counted as built": (2, None, dict, 2),
+    "cut short": (
+        3,
+        None,
+        without_last_layer,
+        "holds 1 layers .* num_hidden_layers 3, for which 2 or 3 are expected",
+    ),
+    "counted one too long": (
+        4,
+        None,
+        dict,
+        "holds 2 layers .* num_hidden_layers 4, for which 3 or 4 are expected",
+    ),
+    "ours": (2, {}, dict, 2),
+    "ours, cut short": (
+        2,
+        {},
+        without_last_layer,
+        "holds 1 layers .* num_hidden_layers 2, for which 2 are expected",
+    ),
+    "ours, counted one too long": (
+        3,
+        {},
+        dict,
+        "holds 2 layers .* num_hidden_layers 3, for which 3 are expected",
+    ),
+    "exported": (3, {"vit_select_layer": -2}, dict, 2),
+    "exported, cut short": (
+        3,
+        {"vit_select_layer": -2},
+        without_last_layer,
+        "holds 1 layers .* for which 2 are expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEPTHS)
+def test_the_depth_of_the_tower(folder: Path, tensors: Tensors, case: str) -> None:
+    """Show 4: one rule, and a tower that does not follow it is refused by both numbers."""
+    counted, own, edit, expected = DEPTHS[case]
+    write_json(folder / "vit_config.json", {**VIT, "num_hidden_layers": counted})
+    if own is not None:
+        write_json(folder / "bagel_config.json", {**TABLES, **own})
+    save_file(edit(tensors), folder / "ema.safetensors")
+    if isinstance(expected, int):
+        assert load_model(folder).config.vit.num_hidden_layers == expected
+        return
+    with pytest.raises(ValueError, match=f"ema.safetensors: {expected}") as error:
+        load_model(folder)
+    assert "vit_config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_layer_missing_in_the_middle_is_named(folder: Path, tensors: Tensors) -> None:
+    save_file({k: v for k, v in tensors.items() if ".encoder.layers.0." not in k}, folder / "ema.safetensors")
     with pytest.raises(
-        ValueError,
-        match=r"ema.safetensors: holds 2 layers of the vision tower; .* 3, for which 3 are expected",
+        ValueError, match=r"16 tensors missing, .* lacks vit_model.vision_model.encoder.layers.0."
     ):
         load_model(folder)
+
+
+def test_a_missing_expert_is_no_smaller_model(folder: Path, tensors: Tensors) -> None:
+    """The file says MoT: weights without the generation expert are incomplete, and not those of another model."""
+    write_json(folder / "llm_config.json", {**LLM, "layer_module": "Qwen2MoTDecoderLayer"})
+    save_file({k: v for k, v in tensors.items() if "_moe_gen" not in k}, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match="ema.safetensors: 29 tensors missing"):
+        load_model(folder)
+
+
+def test_numbers_that_are_no_weights_are_refused(folder: Path, tensors: Tensors) -> None:
+    save_file({**tensors, "vae2llm.bias": torch.zeros(32, dtype=torch.int64)}, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"vae2llm\.bias is in a number format that weights do not have"):
+        load_model(folder)
+
+
+def test_a_directory_without_weights_is_refused_unless_said(folder: Path) -> None:
+    source = read_source(folder)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: no weights here; .* ask for --from_scratch True"
+    ):
+        starting_values(source, build_model(source.config), weights="model", seed=0)
 
 
 def test_a_missing_shard_is_named(folder: Path, tensors: Tensors) -> None:
@@ -139,6 +291,27 @@ def test_a_missing_shard_is_named(folder: Path, tensors: Tensors) -> None:
     (folder / "ema-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="names ema-00002-of-00002.safetensors, which is not there; 1 of 2"):
         load_model(folder)
+
+
+def test_the_published_autoencoder_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        state = AutoEncoder(AutoEncoderConfig()).state_dict()
+    assert len(state) == 244
+    assert sum(t.numel() for t in state.values()) == 83_819_683
+    shapes = {
+        "encoder.conv_in.weight": [128, 3, 3, 3],
+        "encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1],
+        "encoder.down.2.downsample.conv.weight": [512, 512, 3, 3],
+        "encoder.mid.attn_1.proj_out.weight": [512, 512, 1, 1],
+        "encoder.conv_out.weight": [32, 512, 3, 3],
+        "decoder.conv_in.weight": [512, 16, 3, 3],
+        "decoder.up.3.block.2.conv2.weight": [512, 512, 3, 3],
+        "decoder.up.1.upsample.conv.bias": [256],
+        "decoder.norm_out.weight": [128],
+        "decoder.conv_out.weight": [3, 128, 3, 3],
+    }
+    assert {k: list(state[k].shape) for k in shapes} == shapes
+    assert not [k for k in state if k.startswith(("encoder.down.3.downsample", "decoder.up.0.upsample"))]
 
 
 def test_the_published_model_has_the_published_tensors() -> None:
