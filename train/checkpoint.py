@@ -45,12 +45,14 @@ class Start:
         weights_only: take the weights and begin at step 0.
         from_ema: with `weights_only`, take the averaged weights.
         published: the caller has to load the weights by `--model_path`'s rules.
+        moments: take the optimizer's moments along; else they start from zero.
     """
 
     path: Path
     weights_only: bool = False
     from_ema: bool = False
     published: bool = False
+    moments: bool = True
 
 
 class Checkpoints:
@@ -121,7 +123,7 @@ class Checkpoints:
             load_weights(state, start.path, from_ema=start.from_ema)
             logger.info("took the %s weights of %s", "averaged" if start.from_ema else "last", start.path)
             return
-        load_tensors(start.path / TENSORS, state.tensors())
+        load_tensors(start.path / TENSORS, state.tensors(moments=start.moments))
         state.load_progress(json.loads((start.path / DATA).read_text(encoding="utf-8")))
         logger.info("continuing from %s", start.path)
         self._tell_changes(start.path)
@@ -153,7 +155,7 @@ class Checkpoints:
     def _choose_start(self, args: CheckpointArgs) -> Start | None:
         newest = self.latest()
         if args.auto_resume and newest is not None:
-            return Start(path=newest)
+            return Start(path=newest, moments=args.resume_model_optimizer)
         if args.resume_from is None:
             return None
         path = Path(args.resume_from)
@@ -161,8 +163,8 @@ class Checkpoints:
             raise ValueError(f"--resume_from {path}: there is no such directory")
         if any((path / name).is_file() for name in PUBLISHED_WEIGHTS):
             if not args.resume_model_only:
-                raise ValueError(
-                    f"--resume_from {path}: holds weights only; add --resume_model_only to start from them"
+                logger.info(
+                    "--resume_from %s: holds weights only, so step, optimizer and data start afresh", path
                 )
             return Start(path=path, weights_only=True, from_ema=args.finetune_from_ema, published=True)
         step = path if STEP_NAME.fullmatch(path.name) else Checkpoints(path, 0).latest()
@@ -170,7 +172,17 @@ class Checkpoints:
             raise ValueError(
                 f"--resume_from {path}: holds no complete checkpoint (a step's directory with {MANIFEST})"
             )
-        return Start(path=step, weights_only=args.resume_model_only, from_ema=args.finetune_from_ema)
+        if args.finetune_from_ema and not args.resume_model_only:
+            raise ValueError(
+                f"--finetune_from_ema with --resume_from {path} needs --resume_model_only: continuing a run takes both kinds of "
+                "weights"
+            )
+        return Start(
+            path=step,
+            weights_only=args.resume_model_only,
+            from_ema=args.finetune_from_ema,
+            moments=args.resume_model_optimizer,
+        )
 
     def _require_writable(self) -> None:
         probe = self.directory / f".write_test_{os.getpid()}"

@@ -1,8 +1,9 @@
-"""Flags and run files -> frozen argument groups. Every flag does something; `--help` and the checks come from these fields.
+"""Flags and run files -> frozen argument groups; `--help` and the checks come from these fields.
 
 A value is taken from, last wins: the field's default, the `_base_` files of a run file, the run file (`--config run.yaml`, any
-flag by its name), the command line. Flags keep the published trainer's names and defaults where it has them; both `--a_b` and
-`--a-b` work, booleans take `True` / `False` or stand alone. In: argv. Out: `Args`.
+flag by its name), the command line. All flags of the published trainers are here, with their names and, but for the exceptions in
+`train/published.py`, their defaults; both `--a_b` and `--a-b` work, booleans take `True` / `False` or stand alone. In: argv. Out:
+`Args`.
 """
 
 import argparse
@@ -18,7 +19,10 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from train.published import implied_values, refuse_unbuilt, spelled_out
+
 Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
+Attention = Literal["auto", "split", "batched", "flex"]
 Dtype = Literal["fp32", "bf16"]
 Layer = Literal["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer"]
 Packer = Literal["conserving", "upstream_compat"]
@@ -102,6 +106,10 @@ class ModelArgs:
     connector_act: Activation | None = flag(
         None, "Activation of the connector; None: as --model_path says, else gelu_pytorch_tanh."
     )
+    visual_gen: bool = flag(True, "Build what makes pictures; without, its weights are neither read nor written.")
+    visual_und: bool = flag(
+        True, "Build what sees pictures (tower, connector); without, its weights are neither read nor written."
+    )
     interpolate_pos: bool | None = flag(
         None,
         "Spread every picture over the whole position tables instead of using their upper left corner; None: as --model_path "
@@ -165,6 +173,11 @@ class DataArgs:
 class ParamArgs:
     """Which parameters are trained, and how fast. Groups: train/param_manager.py."""
 
+    freeze_und: bool = flag(
+        False,
+        "Let no gradient pass the understanding tokens: their expert, the embeddings, the tower and the connector stay as they "
+        "are, the output layer is trained.",
+    )
     freeze_llm: bool = flag(
         False, "Keep the whole language model (both experts, embeddings, output layer) as it is."
     )
@@ -187,6 +200,13 @@ class ParamArgs:
     )
     box_lr: float | None = flag(None, "Learning rate of the box head; None: --lr.", low=0)
     mask_lr: float | None = flag(None, "Learning rate of the mask head; None: --lr.", low=0)
+    print_param_details: bool = flag(
+        True, "Say at the start how many parameters each group has, and how fast they learn."
+    )
+    validate_freezing: bool = flag(
+        False,
+        "Make sure at the end that what is frozen is as it was, bit for bit.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +233,7 @@ class OptimArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossArgs:
-    """Losses. Each is divided by its own count over all ranks and micro-batches of a step."""
+    """Losses. Each is divided by its own count over all ranks."""
 
     ce_weight: float = flag(1.0, "Weight of the text's cross-entropy.", low=0)
     mse_weight: float = flag(1.0, "Weight of the flow's squared error.", low=0)
@@ -221,6 +241,11 @@ class LossArgs:
     box_giou_weight: float = flag(1.0, "Weight of the boxes' 1 - GIoU.", low=0)
     mask_bce_weight: float = flag(1.0, "Weight of the masks' binary cross-entropy.", low=0)
     mask_dice_weight: float = flag(1.0, "Weight of the masks' Dice loss.", low=0)
+    loss_divisor: Literal["step", "micro_batch"] = flag(
+        "step",
+        "`step`: each loss is divided by its count over all ranks and micro-batches of a step; `micro_batch`, as published: each "
+        "micro-batch by its own count over all ranks, and they are averaged.",
+    )
     ce_loss_reweighting: bool = flag(
         False, "Weigh the tokens of a text by 1/sqrt(its length), not all the same."
     )
@@ -240,10 +265,16 @@ class LossArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsdpArgs:
-    """Sharding and precision."""
+    """Sharding, precision, kernels."""
 
     sharding_strategy: Strategy = flag(
         "HYBRID_SHARD", "How parameters, gradients and optimizer state are divided."
+    )
+    zero_stage: int | None = flag(
+        None,
+        "DeepSpeed's name of a strategy: 0 is NO_SHARD, 1 and 2 are SHARD_GRAD_OP, 3 is FULL_SHARD.",
+        low=0,
+        high=3,
     )
     num_replicate: int = flag(1, "Replicas of HYBRID_SHARD.", low=1)
     num_shard: int = flag(0, "Ranks that share one replica; 0: all ranks / --num_replicate.", low=0)
@@ -262,6 +293,14 @@ class FsdpArgs:
     matmul_precision: Literal["highest", "high", "medium"] = flag(
         "highest", "Inside fp32 matrix products: fp32, TF32, or bf16 products with fp32 sums (torch's names)."
     )
+    attention: Attention = flag(
+        "auto", "How the decoder's attention is computed; they agree to rounding. `flex` needs a GPU."
+    )
+    use_flex: bool = flag(False, "The same as --attention flex, where there is a GPU.")
+
+    def backend(self, device_type: str) -> str:
+        """The attention asked for: `--use_flex` counts on a GPU."""
+        return "flex" if self.use_flex and device_type == "cuda" else self.attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +320,13 @@ class CheckpointArgs:
     resume_model_only: bool = flag(
         False, "Take only the weights from --resume_from: step, optimizer and data start afresh."
     )
+    resume_model_optimizer: bool = flag(
+        True, "Take the optimizer's moments along when a run is continued; else they start from zero."
+    )
+    resume_from_ema: str | None = flag(
+        None,
+        "Start from the averaged weights found here; the same as --resume_from with --resume_model_only and --finetune_from_ema.",
+    )
     finetune_from_ema: bool = flag(
         False, "Where only weights are taken (--resume_model_only, --model_path), take the averaged ones."
     )
@@ -299,8 +345,55 @@ class TrainArgs:
     gradient_accumulation_steps: int = flag(1, "Packs per rank and optimizer step.", low=1)
     log_every: int = flag(10, "Steps between progress lines.", low=1)
     enable_tensorboard: bool = flag(True, "Write TensorBoard files to `tensorboard` in --results_dir.")
+    enable_wandb: bool = flag(False, "Send what TensorBoard gets to Weights & Biases, too.")
+    wandb_project: str = flag("bagel", "Project there.")
+    wandb_name: str = flag("run", "Name of the run there.")
+    wandb_runid: str = flag("0", "Tells runs of one name apart: the run's id there is NAME-runRUNID.")
+    wandb_resume: str = flag("allow", "Whether a run of that id is continued: allow, must, never, auto.")
+    wandb_offline: bool = flag(False, "Write the run to disk instead of sending it.")
+    peak_device_tflops: float = flag(
+        0.0,
+        "What one device can do in bf16, in TFLOP/s, for the MFU in log lines; 0: as known for the device's name, else no MFU.",
+        low=0,
+    )
     dist_timeout_s: float = flag(600.0, "Seconds a rank waits for the others before it gives up.", low=1)
     validate_only: bool = flag(False, "Check flags, mixture, data and model, then stop without training.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedArgs:
+    """Published flags of what is not built yet, or of what nothing here depends on: answered with a line (train/published.py)."""
+
+    backward_prefetch: str = flag(
+        "BACKWARD_PRE", "When FSDP gathers the next unit in backward; always early here."
+    )
+    cpu_offload: bool = flag(False, "Keep shards in host memory; not built.")
+    freeze_vae: bool = flag(True, "Keep the autoencoder as it is; always so here.")
+    vae_lr: float | None = flag(None, "Learning rate of the autoencoder, which is not trained.", low=0)
+    e2e_lr: float | None = flag(None, "Used by no trainer.", low=0)
+    ds_config_file: str | None = flag(None, "Configuration file of DeepSpeed, which is not used.")
+    local_rank: int = flag(
+        -1, "Place on the node as told by DeepSpeed's launcher; torchrun's environment counts."
+    )
+    pixel_loss_weight: float = flag(
+        0.0, "Weight of the loss on decoded pictures; not built, as the ten flags below.", low=0
+    )
+    pixel_loss_type: Literal["l1", "l2", "mse"] = flag("l1", "Of the pixel loss: the distance.")
+    pixel_loss_max_t: float = flag(0.3, "Of the pixel loss: the largest timestep.", low=0, high=1)
+    pixel_loss_paired_only: bool = flag(True, "Of the pixel loss: paired pictures only.")
+    pixel_loss_chunk_size: int = flag(2, "Of the pixel loss: pictures decoded at a time.", low=1)
+    pixel_loss_adaptive_chunk: bool = flag(True, "Of the pixel loss: fewer large pictures at a time.")
+    pixel_loss_use_v0: bool = flag(False, "Of the pixel loss: the first version of it.")
+    ssim_loss_weight: float = flag(
+        0.0, "Weight of the structural similarity of decoded pictures; not built.", low=0
+    )
+    ssim_loss_max_t: float = flag(0.1, "Of the SSIM loss: the largest timestep.", low=0, high=1)
+    ssim_window_size: int = flag(11, "Of the SSIM loss: side of the window.", low=1)
+    ssim_grad_scale: float = flag(0.1, "Of the SSIM loss: factor of its gradient.", low=0)
+    enable_validation: bool = flag(False, "Validate while training; not built, as the three flags below.")
+    val_dataset_config_file: str | None = flag(None, "Of validation: the mixture.")
+    val_every: int = flag(10, "Of validation: steps between.", low=1)
+    val_steps: int = flag(50, "Of validation: packs.", low=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +408,7 @@ class Args:
     fsdp: FsdpArgs = FsdpArgs()
     checkpoint: CheckpointArgs = CheckpointArgs()
     train: TrainArgs = TrainArgs()
+    published: PublishedArgs = PublishedArgs()
 
     def flat(self) -> dict[str, Any]:
         """Every flag with its value: what a run file holds."""
@@ -356,6 +450,7 @@ GROUPS: dict[str, Any] = {
     "fsdp": FsdpArgs,
     "checkpoint": CheckpointArgs,
     "train": TrainArgs,
+    "published": PublishedArgs,
 }
 
 
@@ -366,6 +461,12 @@ def _flag_table() -> dict[str, _Flag]:
         table.update({f.name: _Flag(group, hints[f.name], f) for f in fields(group_class)})
     return table
 
+
+BOOLEANS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
+"""Words for booleans, as the published trainers take them."""
 
 FLAGS = _flag_table()
 """Flag -> its row, in the order of `--help`."""
@@ -380,7 +481,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     Raises:
         ValueError: naming the flag or the file and key that is wrong, and the nearest one that exists.
     """
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [_flag_word(word) for word in (sys.argv[1:] if argv is None else argv)]
     known, unknown = _parser().parse_known_args(words)
     if unknown:
         raise ValueError(
@@ -404,6 +505,7 @@ def build_args(values: Mapping[str, Any]) -> Args:
     Raises:
         ValueError: for a value out of range, or two that do not go together.
     """
+    values = {**values, **implied_values(values)}
     for name, value in values.items():
         low, high = FLAGS[name].field.metadata["low"], FLAGS[name].field.metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
@@ -417,6 +519,7 @@ def build_args(values: Mapping[str, Any]) -> Args:
     }
     args = Args(**groups)
     _require_consistent(args)
+    refuse_unbuilt(args.flat())
     return args
 
 
@@ -464,8 +567,8 @@ def _convert(row: _Flag, value: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
+        if str(value).lower() in BOOLEANS:
+            return BOOLEANS[str(value).lower()]
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
         pass  # a list, a mapping, a yes/no: no flag is any of these
     elif get_origin(kind) is Literal:
@@ -481,6 +584,15 @@ def _convert(row: _Flag, value: Any) -> Any:
         if math.isfinite(number) and (isinstance(value, str) or number == value):
             return number
     raise ValueError(f"{value!r} is not {row.kind}")
+
+
+_OTHER_WORDS = {
+    "help": None,
+    "config": None,
+    "print_config": None,
+    **{f"no_{n}": r for n, r in FLAGS.items()},
+}
+"""What may follow `--` besides the flags."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -505,7 +617,7 @@ class _Store(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train/main.py",
-        allow_abbrev=False,  # half a flag is a typing error, and would change its meaning when flags are added
+        allow_abbrev=False,  # see `train.published.spelled_out`
         usage="torchrun --standalone --nproc_per_node=N %(prog)s --dataset_config_file FILE [--config FILE] [--flag value ...]",
         description="Train one model that reads, answers, draws, points and segments.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=120),
@@ -535,7 +647,7 @@ def _add(section: Any, name: str, row: _Flag) -> None:
         metavar=row.kind,
         help=(row.field.metadata["help"] + shown).replace("%", "%%"),
     )
-    if is_switch and default:
+    if is_switch:
         section.add_argument(
             f"--no_{name}",
             dest=name,
@@ -546,12 +658,12 @@ def _add(section: Any, name: str, row: _Flag) -> None:
         )
 
 
-def _underscored(word: str) -> str:
-    """`--a-b=c-d` -> `--a_b=c-d`."""
+def _flag_word(word: str) -> str:
+    """`--a-b=c-d` -> `--a_b=c-d`, with the flag's name in full."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    return f"--{spelled_out(name.replace('-', '_'), _OTHER_WORDS | FLAGS)}{equals}{value}"
 
 
 def _nearest(name: str, prefix: str = "") -> str:
@@ -583,7 +695,5 @@ def _require_consistent(args: Args) -> None:
         raise ValueError(
             "--vit_path with --resume_model_only: the checkpoint has a vision tower of its own; leave one of the two out"
         )
-    if checkpoint.finetune_from_ema and checkpoint.resume_from and not checkpoint.resume_model_only:
-        raise ValueError(
-            "--finetune_from_ema with --resume_from needs --resume_model_only: continuing a run takes both kinds of weights"
-        )
+    if args.fsdp.use_flex and args.fsdp.attention not in ("auto", "flex"):
+        raise ValueError(f"--use_flex means --attention flex, but --attention {args.fsdp.attention} is given")

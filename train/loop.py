@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from train.config import Args
 from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import World
 from train.distributed.sharding import clip_grad_norm, sync_gradients
-from train.objective import Objective
+from train.objective import Objective, divisors
 from train.optim import set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
 from train.state import TrainState
@@ -36,6 +36,8 @@ class Run:
         objective: losses and weights.
         encoder: pictures to latents.
         group_sizes: records per group of the mixture, for the limit on rejects.
+        flops: operations that training on a pack needs.
+        peak_tflops: what one device can do; 0 if that is not known.
     """
 
     args: Args
@@ -43,6 +45,8 @@ class Run:
     objective: Objective
     encoder: LatentEncoder
     group_sizes: Mapping[str, int]
+    flops: Callable[[PackedBatch], float]
+    peak_tflops: float
 
 
 def train(
@@ -71,18 +75,22 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     accumulation = run.args.train.gradient_accumulation_steps
     packs = [next(batches).to(run.world.device) for _ in range(accumulation)]
     # Counted before any backward: each loss is divided once, by what the whole step has of it.
-    own = torch.stack([run.objective.counts(p) for p in packs]).sum(0)
+    own = torch.stack([run.objective.counts(p) for p in packs])
     extra = [
         sum(p.num_tokens for p in packs),
         sum(len(p.origins) for p in packs),
         sum(len(p.rejects) for p in packs),
+        sum(run.flops(p) for p in packs),
     ]
-    *counts, tokens, samples, rejects = all_sum(torch.cat([own, own.new_tensor(extra)])).tolist()
+    everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
+    per_pack = everywhere[: own.numel()].view_as(own)
+    tokens, samples, rejects, flops = everywhere[own.numel() :].tolist()
+    counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)
 
     totals = torch.zeros(len(counts), dtype=torch.float64)
     for i, pack in enumerate(packs):
         sync_gradients(state.model, on=i == accumulation - 1)
-        totals += _forward_backward(run, state, pack, torch.tensor(counts))
+        totals += _forward_backward(run, state, pack, divisor[i])
     norm = clip_grad_norm(trained_parameters(state.optimizer), run.args.optim.max_grad_norm)
     totals = _require_finite(run, state, packs, totals, norm)
     lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
@@ -110,6 +118,8 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         tokens=int(tokens),
         samples=int(samples),
         seconds=time.perf_counter() - started,
+        flops=flops,
+        peak_tflops=run.peak_tflops * run.world.size,
         memory_mib=_memory(run.world.device),
     )
 
@@ -125,12 +135,12 @@ def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
     return now
 
 
-def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, counts: Tensor) -> Tensor:
+def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, divisor: Tensor) -> Tensor:
     """Add one pack's gradient; returns its summed losses, `k` float64 on the CPU."""
     flow = run.encoder(pack)
     output = state.model(pack, flow.noised)
     terms = run.objective.terms(output, pack, flow)
-    run.objective.scalar(terms, counts).backward()
+    run.objective.scalar(terms, divisor).backward()
     return torch.stack([t.total.detach() for t in terms]).double().cpu()
 
 

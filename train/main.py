@@ -3,9 +3,11 @@
 Reads as the table of contents of a training run; `--help` lists the flags.
 """
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
@@ -22,9 +24,12 @@ from data.tokens import Tokenizer
 from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
+from modeling.bagel.config import BagelConfig
+from modeling.bagel.flops import step_flops
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
+from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
 from train.checkpoint import Checkpoints, Start
 from train.config import Args, parse_args
@@ -33,11 +38,13 @@ from train.distributed.session import World, run_entry, session
 from train.distributed.sharding import materialise, shard_model
 from train.ema import Ema
 from train.export import export_model, require_replaceable
+from train.flops import peak_tflops
 from train.loop import Run, train
 from train.objective import Objective
 from train.optim import build_optimizer
-from train.param_manager import describe, freeze, optimizer_groups
-from train.report import Reporter
+from train.param_manager import describe, freeze, frozen_stay, optimizer_groups
+from train.published import start_up_lines
+from train.report import Reporter, wandb_starter
 from train.source import model_source
 from train.state import TrainState
 
@@ -49,6 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
         torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
+        for line in start_up_lines(args.flat(), world.device.type):
+            logger.info("%s", line)
+        wandb = wandb_starter(args.train, args.flat())
         source = model_source(args.model)  # every configuration file; no weights yet
         tokenizer = Tokenizer(source.tokenizer_path)
         groups = build_groups(load_mixture(args.data.dataset_config_file), tokenizer)
@@ -57,11 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         target = Path(args.checkpoint.results_dir) / "model"
         require_replaceable(target)  # known now, not after the last step
 
-        model = build_model(source.config)  # meta device, plain modules
+        model = build_model(for_training(source.config, args, groups))  # meta device, plain modules
+        model.attention = usable_backend(args.fsdp.backend(world.device.type), world.device.type)
         _require_vocabulary(model, tokenizer)
         freeze(model, args.params)
         values = first_values(args, source, model, start)
-        logger.info("%s", describe(model, args.params, args.optim.lr))
+        if args.params.print_param_details:
+            logger.info("%s", describe(model, args.params, args.optim.lr))
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
         vae = load_autoencoder(source.vae_path, world.device)
         plan = stream_plan(args, groups, tokenizer, model.config.layout)
@@ -82,19 +94,47 @@ def main(argv: list[str] | None = None) -> None:
             objective=Objective.build(args.loss.weights(), model.config.heads),
             encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
             group_sizes={g.name: len(g.source) for g in groups},
+            flops=functools.partial(step_flops, model.config, vit_trained=not args.params.freeze_vit),
+            peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
         )
         batches = open_loader(args, plan, world, state)
-        with Reporter(
-            Path(args.checkpoint.results_dir),
-            first_step=state.step,
-            total_steps=args.optim.total_steps,
-            log_every=args.train.log_every,
-            tensorboard=args.train.enable_tensorboard,
-            is_main=world.is_main,
-        ) as reporter:
+        with (
+            Reporter(
+                Path(args.checkpoint.results_dir),
+                first_step=state.step,
+                total_steps=args.optim.total_steps,
+                log_every=args.train.log_every,
+                tensorboard=args.train.enable_tensorboard,
+                is_main=world.is_main,
+                wandb=wandb,
+            ) as reporter,
+            frozen_stay(model, check=args.params.validate_freezing),
+        ):
             train(run, state, batches, checkpoints, reporter)
         export_model(state, source, target, run=str(args.checkpoint.results_dir))
         logger.info("wrote the trained model to %s", target)
+
+
+def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> BagelConfig:
+    """The configuration with what the flags leave out, and where they let no gradient pass.
+
+    Raises:
+        ValueError: if a group needs what is left out.
+    """
+    left_out = {"vit": "visual_und", "vae": "visual_gen"}
+    for group in groups:
+        for part in group.dataset.needs:
+            if not getattr(args.model, left_out[part]):
+                raise ValueError(
+                    f"group {group.name!r}: {type(group.dataset).__name__} needs the {part.upper()}, which --{left_out[part]} "
+                    "False leaves out; take the group out of the mixture, or the flag"
+                )
+    return replace(
+        config,
+        llm=replace(config.llm, freeze_und=config.llm.freeze_und or args.params.freeze_und),
+        visual_gen=args.model.visual_gen,
+        visual_und=args.model.visual_und,
+    )
 
 
 def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:

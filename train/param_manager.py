@@ -4,13 +4,17 @@ A row of `PARAM_GROUPS` is all a new group needs, besides its `--freeze_x` and `
 sharding, `optimizer_groups` after it; both go by parameter names, which sharding leaves as they are.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from train.config import ParamArgs
+from train.distributed.sharding import local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +44,11 @@ PARAM_GROUPS: Mapping[str, ParamGroup] = {
     "llm_und": ParamGroup(
         pattern=r"language_model\.", freeze=("freeze_llm", "freeze_mot_und"), lr=("mot_und_lr", "llm_lr")
     ),
-    "vit": ParamGroup(pattern=r"vit_model\.", freeze=("freeze_vit",), lr=("vit_lr",)),
-    "connector": ParamGroup(pattern=r"connector\.", freeze=("freeze_connector",), lr=("connector_lr",)),
+    # With `freeze_und` the decoder lets no gradient pass (`Qwen2Config.freeze_und`); the heads would still reach the tower.
+    "vit": ParamGroup(pattern=r"vit_model\.", freeze=("freeze_vit", "freeze_und"), lr=("vit_lr",)),
+    "connector": ParamGroup(
+        pattern=r"connector\.", freeze=("freeze_connector", "freeze_und"), lr=("connector_lr",)
+    ),
     "flow": ParamGroup(
         pattern=r"(time_embedder|vae2llm|llm2vae)\.", freeze=("freeze_flow",), lr=("flow_lr",)
     ),
@@ -67,6 +74,30 @@ def freeze(model: nn.Module, args: ParamArgs) -> None:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"nothing is left to train: {', '.join(sorted(frozen))} are all frozen")
+
+
+@contextmanager
+def frozen_stay(model: nn.Module, *, check: bool) -> Iterator[None]:
+    """Make sure that what is frozen has the same bytes after the block as before it, on this rank.
+
+    Args:
+        model: after sharding and loading.
+        check: `--validate_freezing`; without it nothing is done.
+
+    Raises:
+        AssertionError: naming a parameter that changed.
+    """
+    frozen = {n: p for n, p in model.named_parameters() if check and not p.requires_grad}
+    before = {n: _fingerprint(p) for n, p in frozen.items()}
+    yield
+    changed = [n for n, p in frozen.items() if _fingerprint(p) != before[n]]
+    assert not changed, f"{len(changed)} frozen parameters changed, first {changed[0]}"
+
+
+@torch.no_grad()
+def _fingerprint(p: Tensor) -> bytes:
+    values = local(p).detach().to("cpu").contiguous().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data).digest()
 
 
 def optimizer_groups(model: nn.Module, args: ParamArgs, lr: float) -> list[dict[str, object]]:

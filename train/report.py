@@ -10,11 +10,14 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from modeling.optional import require
+from train.config import TrainArgs
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class StepReport:
         total_norm: of the gradients, before clipping.
         tokens, samples: trained on.
         seconds: of wall time.
+        flops: operations that the step needs.
+        peak_tflops: what all devices together can do; 0 if that is not known.
         memory_mib: highest on this rank's accelerator: `mem_allocated`, `mem_cache`.
     """
 
@@ -49,6 +54,8 @@ class StepReport:
     tokens: int
     samples: int
     seconds: float
+    flops: float = 0.0
+    peak_tflops: float = 0.0
     memory_mib: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -80,6 +87,7 @@ class Reporter:
         first_step: updates done before; what an earlier run logged beyond it is dropped.
         total_steps, log_every: of the run.
         tensorboard: whether to write TensorBoard files.
+        wandb: starts a run on Weights & Biases (`wandb_starter`); None: none.
         is_main: whether this rank writes.
     """
 
@@ -92,6 +100,7 @@ class Reporter:
         log_every: int,
         tensorboard: bool,
         is_main: bool,
+        wandb: Callable[[], Any] | None = None,
     ):
         self.total_steps = total_steps
         self.log_every = log_every
@@ -111,6 +120,7 @@ class Reporter:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger().addHandler(self._handler)
         self._board = _open_board(directory / TENSORBOARD_DIR, first_step) if tensorboard else None
+        self._wandb = None if wandb is None else wandb()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -141,11 +151,15 @@ class Reporter:
             logger.info("%s", line)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values to TensorBoard (say, of a validation)."""
-        if self.is_main and self._board is not None:
+        """Write values to TensorBoard and Weights & Biases (say, of a validation)."""
+        if not self.is_main:
+            return
+        if self._board is not None:
             for tag, value in values.items():
                 self._board.add_scalar(tag, value, step)
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         """Write out everything; before the process ends, because it does not end the usual way."""
@@ -156,6 +170,31 @@ class Reporter:
         self._handler.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def wandb_starter(args: TrainArgs, flags: Mapping[str, Any]) -> Callable[[], Any] | None:
+    """What starts the run on Weights & Biases that the flags ask for; None if none is asked for.
+
+    Args:
+        args: the run's `wandb_*` flags.
+        flags: every flag, to be shown there.
+
+    Raises:
+        ImportError: at once, if the package is missing.
+    """
+    if not args.enable_wandb:
+        return None
+    wandb = require("wandb", package="wandb", extra="tracking", why="--enable_wandb")
+    return lambda: wandb.init(
+        project=args.wandb_project,
+        name=args.wandb_name,
+        id=f"{args.wandb_name}-run{args.wandb_runid}",
+        resume=args.wandb_resume,
+        mode="offline" if args.wandb_offline else "online",
+        config=dict(flags),
+    )
 
 
 def window_means(window: list[StepReport]) -> dict[str, float]:
@@ -177,6 +216,10 @@ def window_means(window: list[StepReport]) -> dict[str, float]:
     means["tokens_per_step"] = tokens / len(window)
     means["tokens_per_sec"] = tokens / seconds
     means["samples_per_sec"] = samples / seconds
+    if flops := sum(r.flops for r in window):
+        means["actual_tflops"] = flops / seconds / 1e12
+    if last.peak_tflops:
+        means["mfu"] = means["actual_tflops"] / last.peak_tflops
     return {**means, **last.memory_mib}
 
 
@@ -188,10 +231,11 @@ def progress_line(
     names = dict.fromkeys(name for r in window for name in r.losses)
     terms = " ".join(f"{name} {means[name]:.4f}" for name in names if name in means)
     width = len(str(total_steps))
+    mfu = f"MFU {means['mfu']:.1%} | " if "mfu" in means else ""
     return (
         f"step {last.step:>{width}}/{total_steps} | loss {means['loss']:.4f} | {terms} | lr {means['lr']:.1e} "
         f"norm {means['total_norm']:.2f} | {_short(means['tokens_per_sec'])} tok/s {means['samples_per_sec']:.1f} samples/s | "
-        f"{duration(left_s)} left"
+        f"{mfu}{duration(left_s)} left"
     )
 
 

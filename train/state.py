@@ -83,9 +83,9 @@ class TrainState:
                 tensors.update({f"optim.{key}.{names[p]}": entry[key] for key in ("step", *MOMENTS)})
         return tensors
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that is stored as tensors: loading in place restores it."""
-        return {**self.weights(), **self.averages(), **self.moments()}
+    def tensors(self, *, moments: bool = True) -> dict[str, Tensor]:
+        """Everything that is stored as tensors, with or without the optimizer's: loading in place restores it."""
+        return {**self.weights(), **self.averages(), **(self.moments() if moments else {})}
 
     def progress(self) -> dict[str, Any]:
         """Everything else, over all ranks, JSON-able; every rank must call."""

@@ -5,11 +5,14 @@ patches ───▶ SigLIP ──▶ connector + 2-D position ─┼─▶ Qwen
 latents ───▶ vae2llm + time + 2-D position ───────┘
 """
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from data.types import PackedBatch
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.connectors import Connector, PositionTable, TimestepEmbedder
+from modeling.bagel.connectors import Absent, Connector, PositionTable, TimestepEmbedder
 from modeling.heads import HEADS
 from modeling.ops.attention import AttentionPlan
 from modeling.ops.attention_backends import ATTENTION
@@ -35,13 +38,16 @@ class Bagel(nn.Module):
         self.config = config
         width = config.llm.hidden_size
         self.language_model = Qwen2ForCausalLM(config.llm)
-        self.time_embedder = TimestepEmbedder(width)
-        self.vae2llm = nn.Linear(config.latent_token_width, width)
-        self.llm2vae = nn.Linear(width, config.latent_token_width)
-        self.latent_pos_embed = PositionTable(config.max_latent_size, width)
-        self.vit_model = SiglipVisionModel(config.vit)
-        self.connector = Connector(config.vit.hidden_size, width, config.connector_act)
-        self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width)
+        latent = config.latent_token_width
+        gen = functools.partial(_part, config.visual_gen, "visual_gen")
+        self.time_embedder = gen(width, lambda: TimestepEmbedder(width))
+        self.vae2llm = gen(width, lambda: nn.Linear(latent, width))
+        self.llm2vae = gen(latent, lambda: nn.Linear(width, latent))
+        self.latent_pos_embed = gen(width, lambda: PositionTable(config.max_latent_size, width))
+        und, seen = functools.partial(_part, config.visual_und, "visual_und"), config.vit.hidden_size
+        self.vit_model = und(seen, lambda: SiglipVisionModel(config.vit))
+        self.connector = und(width, lambda: Connector(seen, width, config.connector_act))
+        self.vit_pos_embed = und(width, lambda: PositionTable(config.vit_max_num_patch_per_side, width))
         self.heads = nn.ModuleDict(
             {
                 name: HEADS[name](
@@ -91,7 +97,7 @@ class Bagel(nn.Module):
         lens = [h * w for h, w in hw]
         modes, trunk = ["full"] * len(lens), [0] * len(lens)
         plan = AttentionPlan.build(lens, lens, modes, trunk, batch.und_patches.device)
-        patches = normalise_pixels(batch.und_patches).to(self.vae2llm.weight.dtype)
+        patches = normalise_pixels(batch.und_patches).to(self.language_model.lm_head.weight.dtype)
         # The tower's own table may have another side than the connector's; the packed position counts in the latter.
         position = self._vit_position(batch.und_position)
         values = self.vit_model(patches, position, hw, plan)
@@ -110,13 +116,18 @@ class Bagel(nn.Module):
         und = text.new_zeros(batch.num_tokens, text.shape[1])
         und = und.index_copy(0, batch.text_index, text).index_copy(0, batch.und_index, seen.to(text.dtype))
         gen = self.vae2llm(filled(noised.to(text.dtype))) + self.time_embedder(filled(batch.gen_timestep))
-        return Rows(und.index_select(0, routing.und), gen + self.latent_pos_embed(filled(batch.gen_position)))
+        gen = gen + self.latent_pos_embed(filled(batch.gen_position))
+        return Rows(und.index_select(0, routing.und), gen.to(text.dtype))
 
     def _perceive(self, name: str, hidden: Tensor, batch: PackedBatch, grids: FeatureGrids) -> HeadOutput:
         region = batch.regions.get(name)
         anchor, image = (region.anchor, region.image) if region is not None else (batch.und_index[:0],) * 2
         offset = {"self": 0, "previous": 1}[self.config.head_reads]
         return self.heads[name](hidden[anchor - offset], image, grids)
+
+
+def _part(is_there: bool, flag: str, width: int, make: Callable[[], nn.Module]) -> nn.Module:
+    return make() if is_there else Absent(width, flag)
 
 
 def _pack_rule(batch: PackedBatch, backend: str) -> Attend:

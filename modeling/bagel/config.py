@@ -20,6 +20,7 @@ class BagelConfig:
         vae_downsample: pixels per latent cell.
         max_latent_size, vit_max_num_patch_per_side: sides of the two position tables.
         heads: perception head name -> its options.
+        visual_gen, visual_und: whether pictures can be made, and seen: without, the parts for it are not there.
         head_reads: the state a head reads: of the anchor token itself (`self`) or of the token that predicts it (`previous`).
     """
 
@@ -32,6 +33,8 @@ class BagelConfig:
     vit_max_num_patch_per_side: int = 70
     connector_act: str = "gelu_pytorch_tanh"
     interpolate_pos: bool = False
+    visual_gen: bool = True
+    visual_und: bool = True
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head_reads: Literal["self", "previous"] = "self"
 

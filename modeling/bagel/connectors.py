@@ -29,6 +29,24 @@ class Connector(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Absent(nn.Module):
+    """Stands for a part that the model is built without: no rows in, no rows out.
+
+    Args:
+        width: of the rows that the part would give.
+        flag: which leaves it out.
+    """
+
+    def __init__(self, width: int, flag: str):
+        super().__init__()
+        self.width, self.flag = width, flag
+
+    def forward(self, x: Tensor, *rest: object) -> Tensor:
+        if len(x):
+            raise ValueError(f"the pack needs a part of the model that --{self.flag} False leaves out")
+        return x.new_zeros(0, self.width, dtype=x.dtype if x.is_floating_point() else torch.float32)
+
+
 class TimestepEmbedder(nn.Module):
     """Time of the flow -> trunk width."""
 

@@ -173,7 +173,7 @@ class Decoder:
 
     def __init__(self, model: Bagel, encoder: LatentEncoder, spec: LayoutSpec, special: SpecialTokens):
         self.model, self.encoder, self.spec, self.special = model, encoder, spec, special
-        self.device = model.vae2llm.weight.device
+        self.device = model.language_model.lm_head.weight.device
 
     def start(self, batch_size: int) -> Context:
         """An empty context of so many sequences."""

@@ -22,13 +22,18 @@ class ShardUnit:
 
 def shard_plan(config: BagelConfig) -> tuple[ShardUnit, ...]:
     """Units in the order they run; what is in none belongs to the root."""
-    vit = [f"vit_model.vision_model.encoder.layers.{i}" for i in range(config.vit.num_hidden_layers)]
+    vit = [
+        *(
+            ShardUnit(f"vit_model.vision_model.encoder.layers.{i}", recompute=True)
+            for i in range(config.vit.num_hidden_layers)
+        ),
+        ShardUnit("vit_model"),
+        ShardUnit("connector"),
+    ]
     llm = [f"language_model.model.layers.{i}" for i in range(config.llm.num_hidden_layers)]
     heads = [f"heads.{name}" for name in config.heads]
     return (
-        *(ShardUnit(fqn, recompute=True) for fqn in vit),
-        ShardUnit("vit_model"),
-        ShardUnit("connector"),
+        *(vit if config.visual_und else ()),
         *(ShardUnit(fqn, recompute=True) for fqn in llm),
         *(ShardUnit(fqn) for fqn in heads),
     )

@@ -35,3 +35,16 @@ ATTENTION: Mapping[str, Callable[[Layout, torch.device], Apply]] = {
 """Value of --attention -> what builds the rule of one pack: `split` calls scaled-dot-product attention for every split, `batched`
 one masked call for all samples of about one length, `auto` the second for short samples and the first for long ones, `flex`
 FlexAttention."""
+
+
+def usable_backend(name: str, device_type: str) -> str:
+    """The row of `ATTENTION` to train with.
+
+    Raises:
+        ValueError: if the device cannot train with it.
+    """
+    if name == "flex" and device_type == "cpu":
+        raise ValueError(
+            "--attention flex needs a GPU: FlexAttention has no backward pass on a CPU; leave the flag out"
+        )
+    return name

@@ -33,7 +33,7 @@ CORE = {
 """Import names of requirements.txt."""
 
 OPTIONAL = (
-    "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
+    "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy", "wandb",
     "matplotlib", "pycocotools",
 )  # fmt: skip
 

@@ -45,6 +45,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """As the driver tells it; empty on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
 
 @contextmanager
 def session(timeout_s: float = 600.0, seed: int = 0) -> Iterator[World]:

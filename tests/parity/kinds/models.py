@@ -44,6 +44,8 @@ def build_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Bag
             vit_max_num_patch_per_side=config["vit_max_num_patch_per_side"],
             connector_act=config["connector_act"],
             interpolate_pos=config["interpolate_pos"],
+            visual_gen=config["visual_gen"],
+            visual_und=config["visual_und"],
         )
     )
     with torch.no_grad():
@@ -52,8 +54,7 @@ def build_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Bag
     # The tower's rotary tables are computed here, not stored.
     kept = {k: v for k, v in weights.items() if ".rope." not in k}
     found = model.load_state_dict(kept, strict=False)
-    complete = config["visual_gen"] and config["visual_und"]
-    if found.unexpected_keys or (complete and found.missing_keys):
+    if found.unexpected_keys or found.missing_keys:
         raise ValueError(f"weights: unexpected {found.unexpected_keys[:3]}, missing {found.missing_keys[:3]}")
     frozen = config.get("frozen", {})
     if frozen.get("freeze_llm"):

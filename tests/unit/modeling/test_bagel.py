@@ -9,6 +9,7 @@ from torch import Tensor
 from data.packing import pack
 from data.types import Region, Sample, Segment
 from modeling.bagel.bagel import Bagel
+from modeling.bagel.shard_plan import shard_plan
 from modeling.ops.attention_backends import ATTENTION
 from tests.unit.modeling.tiny import (
     SPEC,
@@ -24,7 +25,9 @@ from tests.unit.modeling.tiny import (
     tiny_config,
     tiny_model,
 )
+from train.config import ParamArgs
 from train.objective import Objective
+from train.param_manager import freeze, group_of
 
 WEIGHTS = {"ce": 1.0, "mse": 1.0, "box_l1": 2.0, "box_giou": 0.5, "mask_bce": 1.0, "mask_dice": 1.0}
 
@@ -180,3 +183,44 @@ def test_every_attention_back_end_gives_the_same_states() -> None:
     by_default = model(batch, flow.noised).hidden
     for model.attention in ATTENTION:
         torch.testing.assert_close(model(batch, flow.noised).hidden, by_default, rtol=0, atol=5e-6)
+
+
+def without(flag: str) -> Bagel:
+    return tiny_model(replace(tiny_config(), **{flag: False}))
+
+
+@pytest.mark.parametrize(
+    "flag, gone, sample",
+    [
+        ("visual_und", {"vit_model", "connector", "vit_pos_embed"}, drawing_sample()),
+        ("visual_gen", {"time_embedder", "vae2llm", "llm2vae", "latent_pos_embed"}, perception_sample()),
+    ],
+)
+def test_a_part_left_out_is_not_there_and_changes_nothing_else(
+    flag: str, gone: set[str], sample: Sample
+) -> None:
+    whole, model = tiny_model(), without(flag)
+    names = {n for n, _ in model.named_parameters()}
+    assert names == {n for n, _ in whole.named_parameters() if n.split(".")[0] not in gone}
+    model.load_state_dict({n: p for n, p in whole.state_dict().items() if n in names})
+    samples = [sample, text_sample()]
+    loss, found = gradients(model, samples)
+    expected_loss, expected = gradients(whole, samples)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, {n: expected[n] for n in found})
+    assert {unit.fqn for unit in shard_plan(model.config)} <= {n for n, _ in model.named_modules()}
+
+
+@pytest.mark.parametrize("flag", ["visual_und", "visual_gen"])
+def test_a_pack_that_needs_what_is_left_out_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag} False leaves out"):
+        gradients(without(flag), [editing_sample()])
+
+
+def test_freeze_und_trains_the_generation_side_and_the_output_layer() -> None:
+    model = tiny_model(tiny_config(freeze_und=True))
+    freeze(model, ParamArgs(freeze_und=True))
+    _, found = gradients(model, every_sample())
+    assert {group_of(n) for n in found} == {"llm_gen", "flow", "box", "mask", "embeddings"}
+    assert "language_model.lm_head.weight" in found
+    assert "language_model.model.embed_tokens.weight" not in found

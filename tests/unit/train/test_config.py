@@ -45,6 +45,17 @@ def test_every_flag_says_what_it_does() -> None:
         (["--resume_from", "runs/a-b"], "resume_from", "runs/a-b"),
         (["--sharding_strategy", "FULL_SHARD"], "sharding_strategy", "FULL_SHARD"),
         (["--total_steps", "10", "--total_steps", "20"], "total_steps", 20),
+        (["--freeze_vit", "1"], "freeze_vit", True),
+        (["--no_freeze_vit"], "freeze_vit", False),
+        (["--auto_resume", "No"], "auto_resume", False),
+        (["--num_worker", "2"], "num_workers", 2),  # as published scripts write it
+        (["--expected-num=100"], "expected_num_tokens", 100),
+        (["--zero_stage", "3"], "sharding_strategy", "FULL_SHARD"),
+        (["--zero_stage=2", "--sharding_strategy=SHARD_GRAD_OP"], "zero_stage", 2),
+        (["--resume_from_ema", "runs/x"], "resume_from", "runs/x"),
+        (["--resume_from_ema", "runs/x"], "finetune_from_ema", True),
+        (["--resume_from_ema", "runs/x"], "resume_model_only", True),
+        (["--max_grad_norm", "1"], "max_grad_norm", 1.0),
     ],
 )
 def test_spellings(words: list[str], name: str, value: object) -> None:
@@ -67,7 +78,11 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
         (["--max_reject_fraction", "2"], "--max_reject_fraction 2.0 must be from 0 to 1"),
         (["--freeze_vit", "maybe"], "--freeze_vit 'maybe' is not bool"),
         (["--sharding_strategy", "DDP"], "'DDP' is not FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD|NO_SHARD"),
-        (["--num-worker", "2"], "did you mean --num_workers?"),  # half a flag is no flag
+        (["--num-lane", "2"], "did you mean --num_lanes?"),  # half of one of our own flags is no flag
+        (
+            ["--freeze", "True"],
+            "--freeze may mean --freeze_llm, --freeze_vit, --freeze_vae, --freeze_und, --freeze_mot_und",
+        ),
         (["stray"], "unknown argument stray"),
         (
             ["--expected_num_tokens", "9", "--max_num_tokens", "8"],
@@ -80,9 +95,14 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
         (["--lr_scheduler", "cosine", "--lr", "1e-8"], "--min_lr 1e-07 is above --lr 1e-08"),
         (["--resume_model_only"], "--resume_model_only needs --resume_from"),
         (
-            ["--resume_from", "a", "--finetune_from_ema"],
-            "--finetune_from_ema with --resume_from needs --resume_model_only",
+            ["--resume_from_ema", "a", "--resume_from", "b"],
+            "--resume_from_ema a means --resume_from a, but --resume_from b is given",
         ),
+        (
+            ["--zero_stage", "3", "--sharding_strategy", "HYBRID_SHARD"],
+            "--zero_stage 3 means --sharding_strategy FULL_SHARD, but --sharding_strategy HYBRID_SHARD is given",
+        ),
+        (["--use_flex", "--attention", "split"], "--use_flex means --attention flex, but --attention split"),
         (
             ["--finetune_from_hf", "--llm_path", "hf/Qwen2.5"],
             "--finetune_from_hf True takes the model of --model_path hf/BAGEL-7B-MoT; hf/Qwen2.5 (--llm_path, --vit_path)",
