@@ -195,12 +195,17 @@ def component(key: str) -> str:
 def load_model(model_dir: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Bagel:
     """The trained model of a directory, ready for inference (float32, eval mode)."""
     model = build_model(read_source(model_dir).config)
-    value = stored_values(model_dir, model, weights)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(value(name, p.shape))
+    fill_model(model, stored_values(model_dir, model, weights), device)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill_model(model: Bagel, values: Values, device: str | torch.device = "cpu") -> None:
+    """Give the parameters of a meta-device model memory and values, one after the other (unsharded; else `train/distributed`)."""
+    model.to_empty(device=device)
+    model.language_model.tie()
+    for name, p in model.named_parameters():
+        p.copy_(values(name, p.shape))
 
 
 def _part(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,8 @@ the flag win over that directory.
 
 How many layers the tower has: `num_hidden_layers` of `vit_config.json` + 1 + `vit_select_layer`. That is the published flag, -2
 unless said otherwise, so that published files count a layer that is not built. Our own directories have a `bagel_config.json`;
-one that does not name `vit_select_layer` means -1: the file counts what is built. Where there are weights they have to agree, with
-one exception: some published trainers write the number of built layers into a directory without `bagel_config.json`.
+one that does not name `vit_select_layer` means -1: the file counts what is built. Where there are weights they have to agree,
+with one exception: some published trainers write the number of built layers into a directory without `bagel_config.json`.
 """
 
 import json

@@ -364,6 +364,9 @@ def test_tied_embeddings_are_written_twice(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "ema.safetensors").read_bytes() == (
         tmp_path / "two" / "ema.safetensors"
     ).read_bytes()
+    loaded = load_model(tmp_path / "two").language_model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, stored[head])
     stored[head] = stored[head] + 1
     save_file(stored, tmp_path / "two" / "ema.safetensors")
     with pytest.raises(
