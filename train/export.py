@@ -294,6 +294,8 @@ def beyond_published(config: BagelConfig) -> list[str]:
     """What of a model the published programs do not have: with them it would run without it, or not at all."""
     notes = {
         "heads": bool(config.heads),
+        "no visual_gen": not config.visual_gen,
+        "no visual_und": not config.visual_und,
         "stem_width": bool(config.vit.stem_width),
         "vit_rope": config.vit.rope,
         "no qk_norm": not config.llm.qk_norm,

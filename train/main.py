@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> BagelConfig:
-    """The configuration with what the flags leave out, and where they let no gradient pass.
+    """The configuration with where the flags let no gradient pass, if the groups have all that they need.
 
     Raises:
         ValueError: if a group needs what is left out.
@@ -130,10 +130,7 @@ def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> Ba
                     "False leaves out; take the group out of the mixture, or the flag"
                 )
     return replace(
-        config,
-        llm=replace(config.llm, freeze_und=config.llm.freeze_und or args.params.freeze_und),
-        visual_gen=args.model.visual_gen,
-        visual_und=args.model.visual_und,
+        config, llm=replace(config.llm, freeze_und=config.llm.freeze_und or args.params.freeze_und)
     )
 
 
