@@ -106,9 +106,12 @@ class ModelArgs:
     connector_act: Activation | None = flag(
         None, "Activation of the connector; None: as --model_path says, else gelu_pytorch_tanh."
     )
-    visual_gen: bool = flag(True, "Build what makes pictures; without, its weights are neither read nor written.")
+    visual_gen: bool = flag(
+        True, "Build what makes pictures; without, its weights are neither read nor written."
+    )
     visual_und: bool = flag(
-        True, "Build what sees pictures (tower, connector); without, its weights are neither read nor written."
+        True,
+        "Build what sees pictures (tower, connector); without, its weights are neither read nor written.",
     )
     interpolate_pos: bool | None = flag(
         None,

@@ -106,6 +106,17 @@ def saved(tmp_path: Path, steps: int = 2) -> Checkpoints:
     return checkpoints
 
 
+def test_a_run_may_go_on_with_a_fresh_optimizer(tmp_path: Path) -> None:
+    saved(tmp_path)
+    old, state = build(toy_args(), sharded=False), build(toy_args(), sharded=False)
+    Checkpoints(tmp_path, 0).restore(old, Start(path=tmp_path / "0000002"))
+    Checkpoints(tmp_path, 0).restore(state, Start(path=tmp_path / "0000002", moments=False))
+    assert state.step == old.step == 2 and state.progress() == old.progress()
+    assert old.optimizer.state and not state.optimizer.state
+    for name, value in old.tensors(moments=False).items():
+        assert torch.equal(state.tensors(moments=False)[name], value), name
+
+
 def test_half_written_and_foreign_directories_are_no_checkpoints(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path)
     newest = tmp_path / "0000002"
@@ -239,12 +250,19 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert start(resume_from=str(published), resume_model_only=True) == Start(
         path=published, weights_only=True, published=True
     )
+    # As published launch lines have it: there is nothing else to take than the weights.
+    assert start(resume_from=str(published), finetune_from_ema=True) == Start(
+        path=published, weights_only=True, from_ema=True, published=True
+    )
+    assert start(resume_from=str(runs), resume_model_optimizer=False) == Start(
+        path=runs / "0000002", moments=False
+    )
     # A newer step of the run itself wins over the place it once started from.
     assert Checkpoints(runs, 0).open(CheckpointArgs(auto_resume=True, resume_from=str(published))) == Start(
         path=runs / "0000002"
     )
     for flags, message in (
-        ({"resume_from": str(published)}, "holds weights only; add --resume_model_only"),
+        ({"resume_from": str(runs), "finetune_from_ema": True}, "needs --resume_model_only"),
         ({"resume_from": str(tmp_path / "nowhere")}, "there is no such directory"),
         ({"resume_from": str(empty)}, "holds no complete checkpoint"),
     ):

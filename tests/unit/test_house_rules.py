@@ -33,8 +33,8 @@ CORE = {
 """Import names of requirements.txt."""
 
 OPTIONAL = (
-    "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy", "wandb",
-    "matplotlib", "pycocotools",
+    "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
+    "matplotlib", "wandb", "pycocotools",
 )  # fmt: skip
 
 WRITTEN = (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from train.config import ParamArgs
-from train.param_manager import PARAM_GROUPS, describe, freeze, group_of, optimizer_groups
+from train.param_manager import PARAM_GROUPS, describe, freeze, frozen_stay, group_of, optimizer_groups
 
 NAMES = {
     "language_model.model.embed_tokens.weight": "embeddings",
@@ -101,3 +101,19 @@ def test_a_stray_is_named() -> None:
 def test_nothing_left_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze(Named(["connector.fc1.weight"]), ParamArgs(freeze_connector=True))
+
+
+def test_what_is_frozen_is_checked_bit_for_bit(model: Named) -> None:
+    freeze(model, ParamArgs(freeze_vit=True))
+    vit, flow = (
+        model.get_parameter("vit_model.vision_model.encoder.layers.0.mlp.fc1.weight"),
+        model.get_parameter("llm2vae.bias"),
+    )
+    with torch.no_grad():
+        with frozen_stay(model, check=True):
+            flow.add_(1.0)
+        with pytest.raises(AssertionError, match="1 frozen parameters changed, first vit_model"):
+            with frozen_stay(model, check=True):
+                vit.add_(-0.0).neg_()  # -0.0 equals 0.0, and has other bytes
+        with frozen_stay(model, check=False):
+            vit.add_(1.0)

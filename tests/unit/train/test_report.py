@@ -2,11 +2,15 @@
 
 import json
 import logging
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from train.report import Reporter, StepReport, duration, progress_line, window_means
+from train.config import TrainArgs
+from train.report import Reporter, StepReport, duration, progress_line, wandb_starter, window_means
 
 
 def report(step: int, *, ce: float = 1.0, ce_count: float = 10.0, seconds: float = 0.5) -> StepReport:
@@ -106,6 +110,72 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
         "val/ce",
     } <= tags
     assert [(event.step, event.value) for event in events.Scalars("ce")] == [(2, 1.0)]
+
+
+def test_mfu_is_shown_where_the_peak_is_known() -> None:
+    # 4e12 operations in 2 s on devices that can do 10 TFLOP/s together: 2 of 10.
+    window = [replace(report(step, seconds=1.0), flops=2e12, peak_tflops=10.0) for step in (1, 2)]
+    means = window_means(window)
+    assert (means["actual_tflops"], means["mfu"]) == (2.0, 0.2)
+    assert "| MFU 20.0% | 5s left" in progress_line(window, means, 9, 5.0)
+    unknown = [replace(r, peak_tflops=0.0) for r in window]
+    assert window_means(unknown)["actual_tflops"] == 2.0 and "mfu" not in window_means(unknown)
+    assert "MFU" not in progress_line(unknown, window_means(unknown), 9, 5.0)
+
+
+class FakeWandb(ModuleType):
+    """Takes down what is sent to Weights & Biases."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.settings: dict[str, object] = {}
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.finished = False
+
+    def init(self, **settings: object) -> "FakeWandb":
+        self.settings = settings
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_gets_what_tensorboard_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    args = TrainArgs(
+        enable_wandb=True, wandb_project="p", wandb_name="n", wandb_runid="7", wandb_offline=True
+    )
+    with reporter(tmp_path, wandb=wandb_starter(args, {"lr": 1e-4})) as r:
+        r.step(report(1))
+        r.step(report(2))
+    assert fake.settings == {
+        "project": "p", "name": "n", "id": "n-run7", "resume": "allow", "mode": "offline", "config": {"lr": 1e-4},
+    }  # fmt: skip
+    ((step, values),) = fake.rows
+    assert step == 2 and values["ce"] == 1.0 and fake.finished
+
+
+def test_nothing_is_sent_without_being_asked_and_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert wandb_starter(TrainArgs(wandb_name="n"), {}) is None
+    with pytest.raises(ImportError, match="--enable_wandb needs wandb, which is not installed"):
+        wandb_starter(TrainArgs(enable_wandb=True), {})
+
+
+def test_other_ranks_start_no_run(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise AssertionError("only rank 0 may")
+
+    with reporter(tmp_path, is_main=False, wandb=refuse):
+        pass
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Operations of a step against torch's own counter, and visible pairs against the rule written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.packing import pack
+from data.types import Sample, Segment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.flops import FROZEN, TRAINED, step_flops, visible_pairs
+from modeling.ops.attention import dense_allowed
+from tests.unit.modeling.test_attention import random_layout
+from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, picture, text, tiny_config, tiny_model
+from train.flops import PEAK_TFLOPS, peak_tflops
+
+CONFIG = replace(tiny_config(), heads={})
+
+
+@torch.no_grad()
+def counted(model: Bagel, sample: Sample) -> tuple[float, float]:
+    """Operations of a forward pass: as torch counts them, and ours."""
+    batch = pack([sample], SPEC, SPECIAL)
+    flow = made_up_latents(batch)
+    with FlopCounterMode(display=False) as counter:
+        model(batch, flow.noised)
+    return counter.get_total_flops(), step_flops(model.config, batch) / TRAINED
+
+
+def filled_up(pairs: int, tokens: int) -> int:
+    """What attention does in vain: on a CPU, our kernel fills a short sample up to 16 tokens or a multiple and masks the square."""
+    square = (-(-tokens // 16) * 16) ** 2
+    return 2 * 2 * CONFIG.llm.hidden_size * CONFIG.llm.num_hidden_layers * (square - pairs)
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        Segment(kind="und_image", pixels=picture(1, 32, 64)),
+        Segment(kind="gen_image", pixels=picture(2, 32, 64), timestep=0.3),
+    ],
+    ids=lambda s: s.kind,
+)
+def test_a_picture_alone_needs_what_torch_counts(segment: Segment) -> None:
+    theirs, ours = counted(tiny_model(CONFIG), Sample(segments=(segment,)))
+    tokens = int(segment.pixels[0].numel() / (8 if segment.kind == "und_image" else 16) ** 2) + 2
+    assert theirs - ours == filled_up(tokens**2, tokens)
+
+
+def test_of_a_causal_text_half_the_square_is_needed() -> None:
+    theirs, ours = counted(tiny_model(CONFIG), Sample(segments=(text(10, 11, 12, 13, supervised=True),)))
+    assert theirs - ours == filled_up(6 * 7 // 2, 6)
+
+
+def test_a_frozen_tower_needs_no_backward() -> None:
+    batch = pack([Sample(segments=(Segment(kind="und_image", pixels=picture(1)),))], SPEC, SPECIAL)
+    whole, frozen = (step_flops(CONFIG, batch, vit_trained=t) for t in (True, False))
+    deeper = replace(CONFIG, vit=replace(CONFIG.vit, num_hidden_layers=4))
+    growth, frozen_growth = (
+        step_flops(deeper, batch) - whole,
+        step_flops(deeper, batch, vit_trained=False) - frozen,
+    )
+    assert growth / frozen_growth == TRAINED / FROZEN
+
+
+def test_visible_pairs_are_those_of_the_rule() -> None:
+    for seed in range(200):
+        layout = random_layout(seed)
+        assert visible_pairs(*layout) == int(dense_allowed(*layout).sum())
+
+
+def test_peaks_go_by_the_devices_name() -> None:
+    assert peak_tflops("NVIDIA H200") == 989.0
+    assert peak_tflops("NVIDIA H20") == 148.0
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0
+    assert peak_tflops("NVIDIA H200", 500.0) == 500.0
+    assert peak_tflops("") == peak_tflops("some card") == 0.0
+    assert all(v > 0 for v in PEAK_TFLOPS.values())
