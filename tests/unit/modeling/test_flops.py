@@ -29,7 +29,7 @@ def counted(model: Bagel, sample: Sample) -> tuple[float, float]:
 
 
 def filled_up(pairs: int, tokens: int) -> int:
-    """What attention does in vain: on a CPU, our kernel fills a short sample up to 16 tokens or a multiple and masks the square."""
+    """What attention does in vain: on a CPU, our kernel fills a short sample up to a multiple of 16 tokens, and masks."""
     square = (-(-tokens // 16) * 16) ** 2
     return 2 * 2 * CONFIG.llm.hidden_size * CONFIG.llm.num_hidden_layers * (square - pairs)
 
