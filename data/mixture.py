@@ -109,6 +109,7 @@ def load_mixture(
     path: str | Path,
     registry: Mapping[str, type[TaskDataset]] | None = None,
     info: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    faults: list[ValueError] | None = None,
 ) -> tuple[GroupSpec, ...]:
     """Read and check a mixture YAML; opens no data.
 
@@ -116,6 +117,7 @@ def load_mixture(
         path: the YAML file.
         registry: dataset classes by name (default: `DATASET_REGISTRY`).
         info: data locations by class and name (default: `DATASET_INFO`), after the YAML's own `dataset_info`.
+        faults: if given, what is wrong with a group is added here and the group left out (`data/check.py` tells all at once).
 
     Raises:
         ValueError: naming the file, the key and the nearest valid one.
@@ -130,8 +132,14 @@ def load_mixture(
     _require_locations(own_info, f"{file}: dataset_info", registry)
     specs: list[GroupSpec] = []
     for name, entry in content.items():
-        if name != "dataset_info":
+        if name == "dataset_info":
+            continue
+        try:
             specs += _Entry(file, name, entry, registry, own_info, info).specs()
+        except ValueError as e:
+            if faults is None:
+                raise
+            faults.append(e)
     if not any(s.weight > 0 for s in specs):
         raise ValueError(f"{file}: no group with a weight above 0; add a group such as 'vlm_sft:'")
     return tuple(specs)
