@@ -126,6 +126,10 @@ def describe(model: nn.Module, args: ParamArgs, lr: float) -> str:
     lines = [f"{'group':<16}{'parameters':>16}  learning rate"]
     for (group, trained), count in counts.items():
         lines.append(f"{group:<16}{count:>16,}  {_peak_lr(group, args, lr) if trained else 'frozen'}")
+    if args.freeze_und:
+        lines.append(
+            "freeze_und: no gradient passes the understanding tokens; what they alone use stays as it is"
+        )
     total = sum(count for (_, is_trained), count in counts.items() if is_trained)
     return "\n".join([*lines, f"{'trained':<16}{total:>16,}  of {sum(counts.values()):,}"])
 

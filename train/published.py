@@ -84,6 +84,11 @@ def _wandb(default: Any) -> Answer:
     return Answer(default, text, unless=("enable_wandb", True))
 
 
+def _hybrid(default: int) -> Answer:
+    text = "counts for --sharding_strategy HYBRID_SHARD alone; the other strategies take all ranks alike"
+    return Answer(default, text, unless=("sharding_strategy", "HYBRID_SHARD"))
+
+
 _AS_THE_MODEL = "None means: as the files of --model_path say; a fresh model has the published default"
 
 PUBLISHED: Mapping[str, Published] = {
@@ -197,9 +202,12 @@ PUBLISHED: Mapping[str, Published] = {
     "gradient_accumulation_steps": Published("int", {"bagel": 1}),
     "peak_device_tflops": Published("float", {"bagel": 0.0}),
     # Training: sharding
-    "num_replicate": Published("int", _both(1)),
+    "num_replicate": Published("int", _both(1), _hybrid(1)),
     "num_shard": Published(
-        "int", _both(8), why="0 means: as many as there are ranks, so that any number of them runs"
+        "int",
+        _both(8),
+        _hybrid(0),
+        why="0 means: as many as there are ranks, so that any number of them runs",
     ),
     "sharding_strategy": Published("text", _both("HYBRID_SHARD")),
     "backward_prefetch": Published(

@@ -160,9 +160,9 @@ def test_an_output_in_which_no_tensor_is_seen_is_refused() -> None:
         ("HYBRID_SHARD", 1, 8, 2, None),
         ("HYBRID_SHARD", 3, 0, 8, None),
         ("HYBRID_SHARD", 16, 0, 8, None),
-        ("FULL_SHARD", 2, 0, 8, None),
-        ("FULL_SHARD", 1, 4, 8, None),
-        ("NO_SHARD", 4, 2, 8, None),
+        ("FULL_SHARD", 2, 4, 8, (1, 8)),  # with other strategies the two numbers mean nothing, as published
+        ("SHARD_GRAD_OP", 1, 4, 8, (1, 8)),
+        ("NO_SHARD", 4, 2, 8, (8, 1)),
     ],
 )
 def test_mesh_shape(

@@ -78,6 +78,8 @@ VALUES = {
     "wandb_offline": "True",
     "prefer_buffer_before": "1",
     "use_flex": "True",
+    "num_replicate": "2",
+    "num_shard": "4",
 }
 """Another value than the default, of every flag that is answered with a line."""
 
@@ -87,7 +89,10 @@ def test_what_cannot_apply_says_so(name: str) -> None:
     answer = PUBLISHED[name].answer
     assert answer is not None
     args = parse_args([*DATA, f"--{name}", VALUES[name]])
-    (line,) = start_up_lines(args.flat(), "cpu")
+    values = args.flat()
+    if answer.unless is not None and values.get(answer.unless[0]) == answer.unless[1]:
+        values[answer.unless[0]] = "another"
+    (line,) = start_up_lines(values, "cpu")
     assert line.startswith(f"--{name} ") and line.endswith(answer.text)
     if answer.unless is not None:
         values = {**args.flat(), answer.unless[0]: answer.unless[1]}
