@@ -169,7 +169,7 @@ def require_complete(
         Counter(map(component, keys)) for keys in (wanted, [*missing, *wrong, *initial], unexpected, initial)
     )
     for part in sorted({*total, *extra}):
-        logger.info("%s: %s: %d of %d tensors loaded, %d in the file not used%s", store.name.name, part,
+        logger.info("%s: %s: %d of %d tensors loaded, %d in the file not used%s", Path(*store.name.parts[-2:]), part,
                     total[part] - absent[part], total[part], extra[part],
                     f", {fresh[part]} start from initial values" if fresh[part] else "")  # fmt: skip
     odd = sorted(k for k in wanted.keys() & store.shapes.keys() if k not in store.dtypes)

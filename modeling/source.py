@@ -120,6 +120,9 @@ def read_source(
     root, ae = Path(model_path), _autoencoder(model_path, vae_path)
     llm_dir = Path(llm_path) if llm_path else None
     vit_dir = Path(vit_path) if vit_path else None
+    for flag, place in (("llm_path", llm_dir), ("vit_path", vit_dir)):
+        if place is not None and not place.is_dir():
+            raise ValueError(f"--{flag} {place}: there is no such directory")
     if llm_dir is not None and not from_scratch:
         raise ValueError(
             f"--llm_path {llm_dir}: gives the language model only, the other parts would start from random values; "

@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard_size", type=size, metavar="5GB", help="bytes of weights per file [one file]")
     parser.add_argument(
         "--model_path",
-        help="where the run's --model_path is now, if it is not where it was when the run started",
+        help="where the run's model files are now, if they are not where they were when the run started",
     )
     return parser.parse_args(argv)
 
@@ -165,13 +165,20 @@ def open_step(args: argparse.Namespace) -> Opened:
     require_intact(step)  # before anything in it is read
     flags = json.loads((step / ARGS).read_text(encoding="utf-8"))
     known = {f.name: flags[f.name] for f in fields(ModelArgs) if f.name in flags}
-    moved = {} if args.model_path is None else {"model_path": args.model_path}
+    moved: dict[str, str | None] = {}
+    if args.model_path is not None:  # it also stands in for what the run was built from, where that is gone
+        gone = [
+            name
+            for name in ("llm_path", "vit_path", "vae_path")
+            if known.get(name) and not Path(known[name]).exists()
+        ]
+        moved = {"model_path": args.model_path, **dict.fromkeys(gone)}
     try:
         source = model_source(ModelArgs(**{**known, **moved}))
     except ValueError as error:
         raise ValueError(
-            f"{error}; the run's model files are needed: if they have moved, or it was started in another directory, name them "
-            "here with --model_path"
+            f"{error}; the run's model files are needed: go to where the run was started, or name a model directory that has "
+            "them (--model_path)"
         ) from error
     tensors = StoredTensors(step / TENSORS)
     places = {n.removeprefix("model."): n for n in tensors.shapes if n.startswith("model.")}

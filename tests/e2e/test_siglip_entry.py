@@ -77,12 +77,13 @@ def test_another_tower_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     tensors = load_file(base / "vit_model.safetensors")
     tensors.pop("vision_model.post_layernorm.bias")
     save_file(tensors, tmp_path / "vit_model.safetensors")
+    (tmp_path / "nothing").mkdir()
     for place, message in (
         (
             tmp_path,
             r"vit_model.safetensors: 1 tensors missing, .*: lacks vit_model.vision_model.post_layernorm.bias$",
         ),
-        (tmp_path / "nowhere", "--vit_path .*nowhere/vit_model.safetensors: cannot be read as safetensors"),
+        (tmp_path / "nothing", "--vit_path .*nothing/vit_model.safetensors: cannot be read as safetensors"),
     ):
         source = read_source(base, vit_path=place, from_scratch=True)
         with pytest.raises(ValueError, match=message):

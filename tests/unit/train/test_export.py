@@ -291,7 +291,7 @@ def test_model_files_that_moved_are_asked_for(
     write_json(moved / "manifest.json", manifest)
     message = fails(capsys, moved, tmp_path / "out")
     assert "gone/llm_config.json: cannot be read" in message and message.endswith(
-        "name them here with --model_path"
+        "name a model directory that has them (--model_path)"
     )
     main([str(moved), str(tmp_path / "out"), "--model_path", str(run.base)])
     assert (tmp_path / "out" / "ema.safetensors").is_file()
