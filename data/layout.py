@@ -7,7 +7,7 @@ Source: upstream Bagel 056b5fd, measured in the golden cases (packer, inference)
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,7 +79,6 @@ class SegmentLayout:
 
     Attributes:
         length: tokens of the segment (0 if it was dropped).
-        mode: how its split attends.
         text_ids, text_at: `t` int64, text and marker tokens and their places.
         patch_hw: rows and columns of patches (0, 0 for text); patches stand at 1 … rows x columns.
         label_at, label_ids: `c` int64, supervised places and what each has to predict.
@@ -90,7 +89,6 @@ class SegmentLayout:
     """
 
     length: int
-    mode: Mode
     text_ids: Tensor
     text_at: Tensor
     patch_hw: tuple[int, int]
@@ -155,15 +153,79 @@ def planned_tokens(sample: Sample, spec: LayoutSpec) -> int:
     return sum(segment_tokens(replace(s, dropped=False), spec) for s in sample.segments)
 
 
+def loss_tokens(sample: Sample, spec: LayoutSpec) -> int:
+    """Predictions that the sample is trained on: of its texts' tokens, of what follows a segment, of noised patches."""
+    total = 0
+    for segment in sample.segments:
+        if segment.dropped:
+            continue
+        if segment.kind == "gen_image":
+            rows, cols = patch_grid(segment, spec)
+            total += rows * cols
+        elif segment.kind == "text" and segment.supervised and not segment.bare:
+            total += len(segment.ids) + 1
+        total += segment.end_label is not None
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The spans of a sequence that attend as one, in order."""
+
+    lens: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    branches: tuple[int, ...]
+
+
+def splits_of(sample: Sample, spec: LayoutSpec) -> Splits:
+    """A split per segment that has tokens; the frames of a video are one."""
+    lens: list[int] = []
+    modes: list[Mode] = []
+    branches: list[int] = []
+    for segment in sample.segments:
+        length = segment_tokens(segment, spec)
+        if length and segment.same_split and lens:
+            lens[-1] += length
+        elif length:
+            lens.append(length)
+            modes.append(segment_mode(segment))
+            branches.append(segment.branch)
+    return Splits(tuple(lens), tuple(modes), tuple(branches))
+
+
+def visible_pairs(
+    sample_lens: Sequence[int],
+    split_lens: Sequence[int],
+    split_modes: Sequence[str],
+    split_branches: Sequence[int],
+) -> int:
+    """How many (query, key) pairs of a pack see each other, by the rule of `modeling/ops/attention.py`."""
+    splits = zip(split_lens, split_modes, split_branches, strict=True)
+    pairs = 0
+    for length in sample_lens:
+        seen: dict[int, int] = {}
+        while length > 0:
+            own, mode, branch = next(splits)
+            context = seen.get(0, 0) + (seen.get(branch, 0) if branch else 0)
+            pairs += own * context + (own * (own + 1) // 2 if mode == "causal" else own * own)
+            if mode != "noise":
+                seen[branch] = seen.get(branch, 0) + own
+            length -= own
+    return pairs
+
+
+def segment_mode(segment: Segment) -> Mode:
+    """How the segment's split attends. Frames of a video see each other, and are seen."""
+    return MODES[segment.kind] if segment.frame_delta is None else "full"
+
+
 def lay_out(segment: Segment, spec: LayoutSpec, special: SpecialTokens) -> SegmentLayout:
     """Tokens, positions and labels of one segment."""
-    # Frames of a video see each other, and are seen.
-    mode = MODES[segment.kind] if segment.frame_delta is None else "full"
     if segment.dropped:
         # A left-out image keeps its rotary position as a gap; a left-out text leaves none.
         advance = 0 if segment.kind == "text" else 1
         return SegmentLayout(
-            length=0, mode=mode, text_ids=EMPTY_IDS, text_at=EMPTY_IDS, patch_hw=(0, 0), label_at=EMPTY_IDS,
+            length=0, text_ids=EMPTY_IDS, text_at=EMPTY_IDS, patch_hw=(0, 0), label_at=EMPTY_IDS,
             label_ids=EMPTY_IDS, label_weight=EMPTY_WEIGHTS, position=EMPTY_IDS, advance=advance,
         )  # fmt: skip
     if segment.kind == "text":
@@ -175,7 +237,6 @@ def lay_out(segment: Segment, spec: LayoutSpec, special: SpecialTokens) -> Segme
     end_label = EMPTY_IDS if segment.end_label is None else torch.tensor([segment.end_label])
     return SegmentLayout(
         length=length,
-        mode=mode,
         text_ids=torch.tensor([special.image_start, special.image_end]),
         text_at=torch.tensor([0, length - 1]),
         patch_hw=(rows, cols),
@@ -202,7 +263,6 @@ def _lay_out_text(segment: Segment, special: SpecialTokens) -> SegmentLayout:
         weight = torch.cat([weight, torch.ones(1)])
     return SegmentLayout(
         length=len(ids),
-        mode="causal",
         text_ids=ids,
         text_at=at,
         patch_hw=(0, 0),

@@ -1,6 +1,6 @@
 """Samples -> PackedBatch: pure, no random choice, no state.
 
-Which samples share a pack is decided in `data/stream.py`; the order of tokens in `data/layout.py`.
+Which samples share a pack is decided in `data/policy.py`; the order of tokens in `data/layout.py`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.layout import LayoutSpec, SegmentLayout, grid_position, lay_out
+from data.layout import LayoutSpec, SegmentLayout, Splits, grid_position, lay_out, splits_of
 from data.tokens import SpecialTokens
 from data.types import EMPTY_IDS, LaneCursor, Mode, PackedBatch, Region, RegionBatch, Reject, Sample, Segment
 
@@ -39,7 +39,7 @@ def pack(
     out = _Fields(spec)
     sample_lens: list[int] = []
     for i, sample in enumerate(samples):
-        start, out.open_split = out.length, False
+        start = out.length
         # Rotary counter of the trunk (0) and of each branch, which starts where the trunk stands.
         counter = {0: position_start[i] if position_start is not None else 0}
         token_of: list[int] = []
@@ -53,6 +53,7 @@ def pack(
             counter[segment.branch] = position + layout.advance
         for region in sample.regions:
             out.add_region(region, token_of, image_of, sample)
+        out.add_splits(splits_of(sample, spec))
         sample_lens.append(out.length - start)
     return out.batch(
         sample_lens=tuple(sample_lens),
@@ -104,7 +105,6 @@ class _Fields:
         self.split_lens: list[int] = []
         self.split_modes: list[Mode] = []
         self.split_branches: list[int] = []
-        self.open_split = False
 
     def add(self, segment: Segment, layout: SegmentLayout, counter: int) -> None:
         if not layout.length:
@@ -117,14 +117,12 @@ class _Fields:
         self.label_weight.append(layout.label_weight)
         if segment.kind != "text":
             self._add_patches(segment, layout.patch_hw)
-        if segment.same_split and self.open_split:
-            self.split_lens[-1] += layout.length
-        else:
-            self.split_lens.append(layout.length)
-            self.split_modes.append(layout.mode)
-            self.split_branches.append(segment.branch)
-        self.open_split = True
         self.length += layout.length
+
+    def add_splits(self, splits: Splits) -> None:
+        self.split_lens += splits.lens
+        self.split_modes += splits.modes
+        self.split_branches += splits.branches
 
     def _add_patches(self, segment: Segment, hw: tuple[int, int]) -> None:
         spec = self.spec

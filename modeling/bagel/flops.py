@@ -4,8 +4,7 @@ What is computed twice (recompute) or in vain (padding) is not counted, nor are 
 so the figure is on the low side.
 """
 
-from collections.abc import Sequence
-
+from data.layout import visible_pairs
 from data.types import PackedBatch
 from modeling.bagel.config import BagelConfig
 
@@ -39,24 +38,3 @@ def step_flops(config: BagelConfig, batch: PackedBatch, *, vit_trained: bool = T
     return 2.0 * (
         TRAINED * (trunk + head + latent + connector) + (TRAINED if vit_trained else FROZEN) * tower
     )
-
-
-def visible_pairs(
-    sample_lens: Sequence[int],
-    split_lens: Sequence[int],
-    split_modes: Sequence[str],
-    split_branches: Sequence[int],
-) -> int:
-    """How many (query, key) pairs of a pack see each other, by the rule of `modeling/ops/attention.py`."""
-    splits = zip(split_lens, split_modes, split_branches, strict=True)
-    pairs = 0
-    for length in sample_lens:
-        seen: dict[int, int] = {}
-        while length > 0:
-            own, mode, branch = next(splits)
-            context = seen.get(0, 0) + (seen.get(branch, 0) if branch else 0)
-            pairs += own * context + (own * (own + 1) // 2 if mode == "causal" else own * own)
-            if mode != "noise":
-                seen[branch] = seen.get(branch, 0) + own
-            length -= own
-    return pairs

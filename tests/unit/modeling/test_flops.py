@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.layout import visible_pairs
 from data.packing import pack
 from data.types import Sample, Segment
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.flops import FROZEN, TRAINED, step_flops, visible_pairs
+from modeling.bagel.flops import FROZEN, TRAINED, step_flops
 from modeling.ops.attention import dense_allowed
 from tests.unit.modeling.test_attention import random_layout
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, picture, text, tiny_config, tiny_model
