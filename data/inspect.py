@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec, lay_out
-from data.mixture import build_groups, load_mixture
+from data.mixture import Group, build_groups, load_mixture
 from data.packing import pack
 from data.policy import POLICIES, PackBudget
 from data.stream import LaneStream, StreamPlan
@@ -62,8 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_plan(args: argparse.Namespace) -> tuple[StreamPlan, Tokenizer]:
     """What the command line describes."""
     tokenizer = Tokenizer(args.model_path)
-    plan = StreamPlan(
-        groups=build_groups(load_mixture(args.dataset_config_file), tokenizer),
+    groups = build_groups(load_mixture(args.dataset_config_file), tokenizer)
+    return stream_plan(args, groups, tokenizer), tokenizer
+
+
+def stream_plan(args: argparse.Namespace, groups: tuple[Group, ...], tokenizer: Tokenizer) -> StreamPlan:
+    """The plan of the flags that `add_plan_flags` adds."""
+    return StreamPlan(
+        groups=groups,
         layout=LayoutSpec.from_model_dir(args.model_path),
         special=tokenizer.special,
         budget=PackBudget(
@@ -80,8 +86,8 @@ def build_plan(args: argparse.Namespace) -> tuple[StreamPlan, Tokenizer]:
             text=args.text_cond_dropout_prob, vit=args.vit_cond_dropout_prob, vae=args.vae_cond_dropout_prob
         ),
         timestep_shift=args.timestep_shift,
+        max_reject_fraction=args.max_reject_fraction,
     )
-    return plan, tokenizer
 
 
 def pack_lines(
@@ -209,10 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.inspect", description="Show what the trainer would see of a mixture."
     )
-    parser.add_argument("--dataset_config_file", type=Path, required=True, help="the mixture YAML")
-    parser.add_argument(
-        "--model_path", type=Path, default=Path("runs/quickstart/base"), help="a model directory"
-    )
+    add_plan_flags(parser)
     parser.add_argument("--packs", type=int, default=1, help="how many packs to show")
     parser.add_argument(
         "--out",
@@ -221,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
         help="PNG of the attention pattern (default: %(default)s)",
     )
     parser.add_argument("--lane", type=int, default=0, help="whose packs to show")
+    return parser
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """The trainer's flags that decide which packs come, under its names; the limits are those of the quickstart."""
+    parser.add_argument("--dataset_config_file", type=Path, required=True, help="the mixture YAML")
+    parser.add_argument(
+        "--model_path", type=Path, default=Path("runs/quickstart/base"), help="a model directory"
+    )
     parser.add_argument("--num_lanes", type=int, default=48)
     parser.add_argument("--data_seed", type=int, default=42)
     parser.add_argument("--expected_num_tokens", type=int, default=4096)
@@ -232,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     for condition in ("text", "vit", "vae"):
         parser.add_argument(f"--{condition}_cond_dropout_prob", type=float, default=0.0)
     parser.add_argument("--timestep_shift", type=float, default=1.0)
-    return parser
+    parser.add_argument("--max_reject_fraction", type=float, default=0.001)
 
 
 if __name__ == "__main__":

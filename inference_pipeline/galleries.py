@@ -3,7 +3,6 @@
 Every task is one row of `GALLERIES`. Pictures become data: URIs, so the page needs no other file.
 """
 
-import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from data.page import legend, outline, picture, png
 
 Row = Mapping[str, Any]
 
@@ -95,7 +96,7 @@ def _cards(gallery: Gallery, groups: Sequence[Sequence[Row]], eval_dir: Path) ->
 def question_card(rows: Sequence[Row], eval_dir: Path) -> str:
     """A picture and everything asked about it."""
     exchanges = "".join(f"<tr><td>{_asked(row)}</td><td>{_answered(row)}</td></tr>" for row in rows)
-    image = picture(eval_dir, _first_input(rows[0]), "picture asked about")
+    image = saved_picture(eval_dir, _first_input(rows[0]), "picture asked about")
     return _card(rows, f'<div class="asked"><div>{image}{_id(rows[0])}</div><table>{exchanges}</table></div>')
 
 
@@ -107,7 +108,7 @@ def text_card(rows: Sequence[Row], eval_dir: Path) -> str:
 def drawing_card(rows: Sequence[Row], eval_dir: Path) -> str:
     """A caption and the picture drawn from it."""
     row = rows[0]
-    image = picture(eval_dir, row.get("image"), f"drawn from: {row['question']}")
+    image = saved_picture(eval_dir, row.get("image"), f"drawn from: {row['question']}")
     return _card(rows, f'<p class="say">{_asked(row)}</p>{image}{_foot(row, _read_by_judge(row))}')
 
 
@@ -121,7 +122,7 @@ def edit_card(rows: Sequence[Row], eval_dir: Path) -> str:
         ("prediction", row.get("image")),
     )
     images = "".join(
-        f"<figure>{picture(eval_dir, path, f'{name} of: {said}')}<figcaption>{name}</figcaption></figure>"
+        f"<figure>{saved_picture(eval_dir, path, f'{name} of: {said}')}<figcaption>{name}</figcaption></figure>"
         for name, path in places
     )
     verdict = "as asked" if row["correct"] else _edit_fault(row)
@@ -136,8 +137,8 @@ def box_card(rows: Sequence[Row], eval_dir: Path) -> str:
     """The true and the predicted box over the picture."""
     row = rows[0]
     boxes = ((row.get("gt_box"), TRUE_COLOUR, "3 2"), (row.get("pred_box"), PRED_COLOUR, ""))
-    drawn = "".join(_outline(box, colour, dash) for box, colour, dash in boxes if box)
-    image = picture(eval_dir, _first_input(row), f"boxes for: {row['question']}", over=drawn)
+    drawn = "".join(outline(box, colour, dash) for box, colour, dash in boxes if box)
+    image = saved_picture(eval_dir, _first_input(row), f"boxes for: {row['question']}", over=drawn)
     verdict = f"IoU {row.get('iou', 0):.2f}" if row.get("pred_box") else "no box given"
     return _card(rows, f'<p class="say">{_asked(row)}</p>{image}{_foot(row, verdict)}')
 
@@ -148,13 +149,6 @@ def mask_card(rows: Sequence[Row], eval_dir: Path) -> str:
     image = mask_overlay(eval_dir, row)
     verdict = f"IoU {row.get('mask_iou', 0):.2f}" if row.get("pred_mask") else "no mask given"
     return _card(rows, f'<p class="say">{_asked(row)}</p>{image}{_foot(row, verdict)}')
-
-
-def _legend(*entries: tuple[str, str, str]) -> str:
-    items = "".join(
-        f'<span><i class="{kind}" style="{style}"></i>{label}</span>' for kind, style, label in entries
-    )
-    return f'<div class="legend">{items}</div>'
 
 
 def _rgb(colour: tuple[int, int, int]) -> str:
@@ -198,7 +192,7 @@ GALLERIES: dict[str, Gallery] = {
         shown=12,
         failures=6,
         card=box_card,
-        legend=_legend(
+        legend=legend(
             ("line", f"outline-color:{PRED_COLOUR}", "predicted box"),
             ("line dashed", f"outline-color:{TRUE_COLOUR}", "true box"),
         ),
@@ -211,7 +205,7 @@ GALLERIES: dict[str, Gallery] = {
         shown=12,
         failures=6,
         card=mask_card,
-        legend=_legend(
+        legend=legend(
             ("", _rgb(HIT), "found"), ("", _rgb(MISSED), "missed"), ("", _rgb(EXTRA), "not part of it")
         ),
     ),
@@ -230,19 +224,16 @@ GALLERIES: dict[str, Gallery] = {
 # ----------------------------------------------------------------------------------------------------------------- pieces
 
 
-def picture(eval_dir: Path, path: str | None, alt: str, *, over: str = "") -> str:
-    """A picture of the evaluation, enlarged without smoothing, with SVG in its own pixel units `over` it."""
+def saved_picture(eval_dir: Path, path: str | None, alt: str, *, over: str = "") -> str:
+    """A picture of the evaluation with SVG in its own pixel units `over` it."""
     if not path:
         return '<div class="picture absent">no picture</div>'
     try:
         content = (eval_dir / path).read_bytes()
-        width, height = Image.open(io.BytesIO(content)).size
+        size = Image.open(io.BytesIO(content)).size
     except (OSError, UnidentifiedImageError):
         return f'<div class="picture absent">{escape(Path(path).name)}<br>cannot be read</div>'
-    layer = f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{over}</svg>' if over else ""
-    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    style = f' style="aspect-ratio:{width}/{height}"' if width != height else ""
-    return f'<div class="picture"{style}><img src="{uri}" alt="{escape(alt)}">{layer}</div>'
+    return picture(content, size, alt, over=over)
 
 
 def mask_overlay(eval_dir: Path, row: Row) -> str:
@@ -257,10 +248,9 @@ def mask_overlay(eval_dir: Path, row: Row) -> str:
     parts = ((truth & predicted, HIT), (truth & ~predicted, MISSED), (predicted & ~truth, EXTRA))
     for part, colour in parts:
         canvas[part] = 0.15 * canvas[part] + 0.85 * np.array(colour)
-    file = io.BytesIO()
-    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(file, format="PNG")
-    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return f'<div class="picture"><img src="{uri}" alt="mask for: {_asked(row)}"></div>'
+    height, width = grey.shape
+    content = png(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)))
+    return picture(content, (width, height), f"mask for: {row['question']}")
 
 
 def _read_mask(eval_dir: Path, path: str | None, shape: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -270,18 +260,6 @@ def _read_mask(eval_dir: Path, path: str | None, shape: tuple[int, ...]) -> NDAr
     if mask.shape != shape:
         raise ValueError(f"{path} is {mask.shape}, its picture {shape}")
     return mask
-
-
-def _outline(box: Sequence[float], colour: str, dash: str) -> str:
-    left, top, right, bottom = (float(v) for v in box)
-    frame = (
-        f'x="{left:.2f}" y="{top:.2f}" width="{max(right - left, 0):.2f}" height="{max(bottom - top, 0):.2f}"'
-    )
-    # A dark line under the coloured one: readable on every background.
-    return (
-        f'<rect {frame} fill="none" stroke="#000" stroke-opacity=".55" stroke-width="2"/>'
-        f'<rect {frame} fill="none" stroke="{colour}" stroke-width="1" stroke-dasharray="{dash}"/>'
-    )
 
 
 def _card(rows: Sequence[Row], content: str) -> str:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data.page import page
 from inference_pipeline.curves import charts, read_log
 from inference_pipeline.figures import FIGURES
 from inference_pipeline.galleries import GALLERIES, Row, gallery_section
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     eval_dir = args.eval_dir or args.run_dir
     try:
-        page = render(
+        text = render(
             title=args.title,
             statistics=read_statistics(eval_dir),
             rows=_read_results(eval_dir / "results.jsonl"),
@@ -46,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages=_read_stages(args.run_dir / "timings.json"),
         )
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(page, encoding="utf-8")
+        args.output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output}: {len(page.encode()) / 2**20:.1f} MiB, one file")
+    print(f"{args.output}: {len(text.encode()) / 2**20:.1f} MiB, one file")
     return 0
 
 
@@ -73,16 +74,11 @@ def render(
         )
         for task in tasks
     )
-    nav = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in links)
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style></head><body>"
-        f"<nav><div><b>{escape(title)}</b>{nav}</div></nav><main>"
+    body = (
         f"{_opening(title, statistics, stages)}{_tiles(statistics)}{_small_print(statistics)}"
-        f"{_timings(stages)}{_curves(log)}{galleries}</main></body></html>\n"
+        f"{_timings(stages)}{_curves(log)}{galleries}"
     )
+    return page(title, links, body, Path(__file__).with_name("report.css"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the opening
