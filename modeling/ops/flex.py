@@ -21,7 +21,7 @@ BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class FlexPlan:
-    """The visibility rule of one pack, which is filled up with tokens that see only each other."""
+    """The visibility rule of one pack, which is filled up with samples that nobody sees."""
 
     mask: BlockMask
     filled_up: int
@@ -43,11 +43,11 @@ class FlexPlan:
             device: where the plan goes.
             block: tokens per side of a block.
         """
-        extra = -sum(sample_lens) % block
-        samples, splits = [*sample_lens, extra], [*split_lens, extra]
-        modes, branches = [*split_modes, "causal"], [*split_branches, 0]
+        filler = filler_lens(sum(sample_lens), block)
+        samples, splits = [*sample_lens, *filler], [*split_lens, *filler]
+        modes, branches = [*split_modes, *["causal"] * len(filler)], [*split_branches, *[0] * len(filler)]
         rule = Visibility.build(samples, splits, modes, branches, device)
-        counts = visible_pairs(samples, splits, modes, branches, block)
+        counts = pairs_by_block(samples, splits, modes, branches, block)
         full = counts == block**2
         partial = (counts > 0) & ~full
         mask = BlockMask.from_kv_blocks(
@@ -57,10 +57,18 @@ class FlexPlan:
             mask_mod=lambda b, h, query, key: rule.allowed(query, key),
             seq_lengths=(sum(samples),) * 2,
         )
-        return FlexPlan(mask, extra)
+        return FlexPlan(mask, sum(filler))
 
 
-def visible_pairs(
+def filler_lens(num_tokens: int, block: int) -> list[int]:
+    """Lengths of the samples that fill a pack up: the kernel is compiled per length, so lengths within an eighth share one."""
+    step = max(block, 1 << max(0, num_tokens.bit_length() - 4))
+    extra = -num_tokens % step if num_tokens else step
+    # Of a block each: one long sample would cost the square of its length.
+    return [n for n in (extra % block, *[block] * (extra // block)) if n]
+
+
+def pairs_by_block(
     sample_lens: Sequence[int],
     split_lens: Sequence[int],
     split_modes: Sequence[str],
@@ -124,4 +132,4 @@ def flex_packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan) -> Te
 def _kernel(device_type: str) -> Callable[..., Tensor]:
     # On a CPU there is no backward pass, and compiling the forward takes minutes: it is there to be compared with.
     kernel: Callable[..., Any] = flex_attention
-    return kernel if device_type == "cpu" else torch.compile(kernel)
+    return kernel if device_type == "cpu" else torch.compile(kernel, dynamic=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 from data.dataset_info import DATASET_REGISTRY
 from data.packing import pack
+from data.policy import POLICIES
 from data.tokens import ANCHORS
 from data.transforms import TRANSFORMS, build_transform
 from data.types import Sample
@@ -35,6 +36,7 @@ DOCUMENTED = {
     **{f"loss {name}": row.total for name, row in LOSSES.items()},
     **{f"count of {name}": row.count for name, row in LOSSES.items()},
     **{f"metric {name}": row for name, row in METRICS.items()},
+    **{f"packing policy {name}": row.next_samples for name, row in POLICIES.items()},
 }
 
 TRANSFORM_ARGS = {"image": {"image_stride": 8, "max_image_size": 64, "min_image_size": 16}}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling.ops.attention import AttentionPlan, dense_allowed, packed_attention
 from modeling.ops.attention_backends import ATTENTION, Layout
-from modeling.ops.flex import FlexPlan
+from modeling.ops.flex import FlexPlan, filler_lens
 
 CPU = torch.device("cpu")
 
@@ -92,15 +92,20 @@ def test_flex_computes_the_blocks_that_see_something_and_masks_those_that_see_a_
     """On a CPU the kernel looks at every pair; a GPU's looks only where the block table says."""
     for seed in range(NUM_LAYOUTS):
         layout = random_layout(seed)
-        n = sum(layout[0])
-        extra = -n % block
+        filler = filler_lens(sum(layout[0]), block)
         mask = FlexPlan.build(*layout, CPU, block).mask
-        allowed = torch.zeros(n + extra, n + extra, dtype=torch.bool)
-        allowed[:n, :n] = dense_allowed(*layout)
-        allowed[n:, n:] = torch.ones(extra, extra).tril().bool()
+        alone = [torch.ones(n, n, dtype=torch.bool).tril() for n in filler]
+        allowed = torch.block_diag(dense_allowed(*layout), *alone).bool()
         pairs = allowed.unflatten(1, (-1, block)).unflatten(0, (-1, block)).sum((1, 3))
         assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices), (pairs > 0) & (pairs < block**2))
         assert torch.equal(listed(mask.full_kv_num_blocks, mask.full_kv_indices), pairs == block**2)
+
+
+def test_packs_of_about_one_length_share_a_kernel() -> None:
+    lengths = {n + sum(filler_lens(n, 128)) for n in range(32769, 36865)}
+    assert lengths == {36864}
+    assert {n + sum(filler_lens(n, 128)) for n in range(1, 129)} == {128}
+    assert sum(filler_lens(1_000, 128)) == 24 and max(filler_lens(33_000, 128)) == 128
 
 
 def listed(counts: Tensor | None, columns: Tensor | None) -> Tensor:
