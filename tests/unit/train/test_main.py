@@ -14,14 +14,11 @@ class PictureDataset(NumberDataset):
     needs = ("vit",)
 
 
-def test_flags_leave_parts_out_and_stop_gradients() -> None:
+def test_freeze_und_is_taken_from_the_flag_or_the_files() -> None:
     config = tiny_config()
     assert for_training(config, build_args({}), ()) == config
-    changed = for_training(
-        config, build_args({"visual_und": False, "freeze_und": True}), [group("text", [3])]
-    )
-    assert (changed.visual_gen, changed.visual_und, changed.llm.freeze_und) == (True, False, True)
-    assert for_training(tiny_config(freeze_und=True), build_args({}), ()).llm.freeze_und  # as the files say
+    assert for_training(config, build_args({"freeze_und": True}), [group("text", [3])]).llm.freeze_und
+    assert for_training(tiny_config(freeze_und=True), build_args({}), ()).llm.freeze_und
 
 
 def test_a_mixture_that_needs_what_is_left_out_is_refused() -> None:
