@@ -132,6 +132,11 @@ def open_kind(model_dir: str | Path, weights: str) -> Weights:
     """
     file = find_weights(model_dir, weights)
     if file is None:
+        if other := next((kind for kind in WEIGHTS if find_weights(model_dir, kind)), None):
+            raise ValueError(
+                f"{Path(model_dir) / WEIGHTS[weights]}: is not there; the directory has weights of the kind `{other}`, ask for "
+                "those"
+            )
         raise ValueError(
             f"{Path(model_dir) / WEIGHTS[weights]}: no weights here; train or export a model first, or ask for "
             "--from_scratch True"

@@ -278,6 +278,14 @@ def test_numbers_that_are_no_weights_are_refused(folder: Path, tensors: Tensors)
         load_model(folder)
 
 
+def test_the_other_kind_of_weights_is_named(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="ema.safetensors: is not there; .* of the kind `model`, ask for those"
+    ):
+        load_model(folder)
+
+
 def test_a_directory_without_weights_is_refused_unless_said(folder: Path) -> None:
     source = read_source(folder)
     with pytest.raises(
