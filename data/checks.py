@@ -1,0 +1,497 @@
+"""The table of checks: every kind of fault that `python -m data.check` names, how bad it is and what to do about it.
+
+A check is one row of `CHECKS`. Three sorts stand there: records that the trainer would reject (the row lists the `SkipSample`
+reasons), records that it would train although something is wrong (the row has a function that finds it in a `Look`), and
+faults of a whole group or of the mixture (found by `data/check.py`, which sees all of it).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data.conversation import IMAGE, read_image_names
+from data.dataset_base import SkipSample
+from data.readers import Record
+from data.tokens import Tokenizer
+from data.types import Sample
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+"""`error`: left out of training, or stops it; `warning`: trained, and probably wrong; `note`: good to know, no fault."""
+
+FRACTION = 1.0 + 1e-6
+"""Boxes whose numbers are all at most this are fractions of the picture, not pixels."""
+
+THOUSANDTHS = 1000.0
+"""Some models write boxes in thousandths of the picture's sides."""
+
+FAR_OUTSIDE = 1.5
+"""A box that reaches beyond this many widths or heights is in another scale, not badly drawn."""
+
+SLIP_PX = 1.0
+"""Annotation tools round: a corner this far over the edge is no fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A picture as its file has it.
+
+    Attributes:
+        size: width and height; (0, 0) if it does not decode.
+        orientation: of EXIF; 1 = as stored.
+        digest: 64 bits of the file's bytes.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    digest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One record, and what became of it.
+
+    Attributes:
+        record: what the source gave.
+        pictures: by name, those that were read.
+        sample: what the dataset class made of it; None if it was rejected.
+        tokens: of the sample.
+        longest: tokens of the longest sample that can be used.
+        tokenizer: of the model.
+    """
+
+    record: Record
+    pictures: Mapping[str, Seen]
+    sample: Sample | None
+    tokens: int
+    longest: int
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One kind of fault.
+
+    Attributes:
+        severity: see `SEVERITIES`.
+        title: what is found, for people.
+        remedy: what to do.
+        reasons: of rejected records.
+        find: says what is wrong with a record, if anything.
+        instead_of: kinds that say the same less well; they are not told of a record that has this one.
+    """
+
+    severity: Severity
+    title: str
+    remedy: str
+    reasons: tuple[str, ...] = ()
+    find: Callable[[Look], str | None] | None = None
+    instead_of: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ boxes in rows
+
+
+def raw_boxes(look: Look) -> Iterator[tuple[str, list[float], tuple[int, int]]]:
+    """What a box is, its corners as the row has them, and the size of its picture; of message rows and COCO records.
+
+    Rows of another shape, or that break their schema, give nothing: that is another row's fault.
+    """
+    row = look.record.data
+    objects, annotations = row.get("objects"), row.get("annotations")
+    if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):
+        places = objects.get("image")
+        for k, box in enumerate(objects["bbox"]):
+            place = places[k] if isinstance(places, list) and k < len(places) else 0
+            yield from _box(f"object {k}", box, _size(look, place or 0))
+    elif isinstance(annotations, list):
+        for annotation in annotations:
+            if isinstance(annotation, dict):
+                box = annotation.get("bbox")
+                what = f"annotation {annotation.get('id')}"
+                for name, (x, y, w, h), size in _box(what, box, _size(look, 0)):
+                    yield name, [x, y, x + w, y + h], size
+
+
+def _box(what: str, box: Any, size: tuple[int, int]) -> Iterator[tuple[str, list[float], tuple[int, int]]]:
+    if not isinstance(box, list) or len(box) != 4 or not all(size):
+        return
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
+        yield what, [float(v) for v in box], size
+
+
+def _size(look: Look, place: Any) -> tuple[int, int]:
+    row = look.record.data
+    image = row.get("image")
+    try:
+        if "annotations" in row and isinstance(image, dict):
+            names = read_image_names(image, "file_name")
+        else:
+            names = read_image_names(row, "input_img", "image")
+    except SkipSample:
+        return 0, 0
+    if not isinstance(place, int) or not 0 <= place < len(names) or names[place] not in look.pictures:
+        return 0, 0
+    return look.pictures[names[place]].size
+
+
+def box_scale(look: Look) -> str | None:
+    boxes = list(raw_boxes(look))
+    if not boxes:
+        return None
+    largest = max(v for _, box, _ in boxes for v in box)
+    what, box, (width, height) = boxes[0]
+    if largest <= FRACTION:
+        return f"{what}: {_corners(box)} looks like fractions of the {width}x{height} picture, pixels are expected"
+    for what, box, (width, height) in boxes:
+        far = max(box[2] / width, box[3] / height) > FAR_OUTSIDE
+        if far and largest <= THOUSANDTHS and min(box) >= 0:
+            return f"{what}: {_corners(box)} looks like thousandths of the {width}x{height} picture, pixels are expected"
+    return None
+
+
+def box_corners(look: Look) -> str | None:
+    for what, box, _ in raw_boxes(look):
+        if box[2] <= box[0] or box[3] <= box[1]:
+            return (
+                f"{what}: {_corners(box)} has its second corner before its first; is it x, y, width, height?"
+            )
+    return None
+
+
+def box_outside(look: Look) -> str | None:
+    if box_scale(look) or box_corners(look):
+        return None
+    for what, box, (width, height) in raw_boxes(look):
+        over = max(-box[0], -box[1], box[2] - width, box[3] - height)
+        if over > SLIP_PX:
+            return (
+                f"{what}: {_corners(box)} reaches {over:g} px out of the {width}x{height} picture; it is cut"
+            )
+    return None
+
+
+def _corners(box: list[float]) -> str:
+    return f"[{', '.join(f'{v:g}' for v in box)}]"
+
+
+# --------------------------------------------------------------------------------------------- pictures of rows
+
+
+def declared_size(look: Look) -> str | None:
+    row = look.record.data
+    image = row.get("image")
+    entries: list[Any] = [image] if isinstance(image, dict) else []
+    for key in ("input_img", "output_img"):
+        given = row.get(key)
+        entries += given if isinstance(given, list) else [given]
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        seen = look.pictures.get(str(entry.get("path", entry.get("file_name"))))
+        declared = (entry.get("width"), entry.get("height"))
+        if seen and all(seen.size) and None not in declared and declared != seen.size:
+            name = entry.get("path", entry.get("file_name"))
+            return f"{name} is {seen.size[0]}x{seen.size[1]} px, the row says {declared[0]}x{declared[1]}"
+    return None
+
+
+def pair_size(look: Look) -> str | None:
+    if look.sample is None:
+        return None
+    hw = {
+        kind: {tuple(s.pixels.shape[1:]) for s in look.sample.segments if s.kind == kind}
+        for kind in ("cond_image", "gen_image")
+    }
+    if not hw["cond_image"] or not hw["gen_image"] or hw["cond_image"] == hw["gen_image"]:
+        return None
+    given, wanted = (", ".join(f"{w}x{h}" for h, w in sorted(sizes)) for sizes in hw.values())
+    return f"the model gets an input of {given} px and a target of {wanted} px"
+
+
+def exif_rotation(look: Look) -> str | None:
+    for name, seen in look.pictures.items():
+        if seen.orientation != 1:
+            return f"{name} is stored turned (EXIF orientation {seen.orientation}); it is trained as stored"
+    return None
+
+
+def blank_picture(look: Look) -> str | None:
+    segments = look.sample.segments if look.sample else ()
+    # An edit may wipe a picture; what it starts from, and what is drawn from words alone, should show something.
+    given = [s for s in segments if s.kind in ("und_image", "cond_image")]
+    for segment in given or [s for s in segments if s.kind == "gen_image"]:
+        if bool((segment.pixels == segment.pixels[:, :1, :1]).all()):
+            height, width = segment.pixels.shape[1:]
+            return f"the {segment.kind} of {width}x{height} px has one colour only"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ texts of rows
+
+
+def literal_image(look: Look) -> str | None:
+    for segment in look.sample.segments if look.sample else ():
+        if segment.kind == "text":
+            text = look.tokenizer.decode(segment.ids, keep_special=True)
+            if IMAGE in text:
+                return f"the model gets the letters {IMAGE} in {text[:60]!r}"
+    return None
+
+
+def framing_token(look: Look) -> str | None:
+    special = look.tokenizer.special
+    framing = {special.begin, special.end, special.image_start, special.image_end}
+    for segment in look.sample.segments if look.sample else ():
+        if segment.kind == "text" and framing.intersection(segment.ids.tolist()):
+            text = look.tokenizer.decode(segment.ids, keep_special=True)
+            return f"{text[:60]!r} writes a token that frames texts or pictures"
+    return None
+
+
+def over_budget(look: Look) -> str | None:
+    if look.tokens <= look.longest:
+        return None
+    return f"{look.tokens:,} tokens, the limit is {look.longest:,}"
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+CHECKS: Mapping[str, Check] = {
+    # What is wrong with the mixture itself.
+    "unknown_dataset": Check(
+        severity="error",
+        title="data sets that nothing locates",
+        remedy="correct the name in dataset_names, or add it to dataset_info",
+    ),
+    "wrong_weight": Check(
+        severity="error", title="weights that are no weights", remedy="write a number from 0"
+    ),
+    "wrong_count": Check(
+        severity="error",
+        title="num_used_data that cannot be read",
+        remedy="write one count per name (0 = all), or {name: [start, end]}",
+    ),
+    "bad_key": Check(
+        severity="error",
+        title="keys of the mixture that do not fit",
+        remedy="correct the key in the YAML; the message names the nearest one",
+    ),
+    "missing_source": Check(
+        severity="error",
+        title="data files that are missing, empty or unreadable",
+        remedy="correct the path in dataset_info, or restore the file",
+    ),
+    "transform": Check(
+        severity="error",
+        title="picture sizes that the model cannot take",
+        remedy="set image_stride and max_image_size of the group's transform as the model needs them",
+    ),
+    "too_many_rejects": Check(
+        severity="error",
+        title="groups of which too many records are unusable: training would stop",
+        remedy="mend the records named below, or raise --max_reject_fraction",
+    ),
+    # What the trainer rejects.
+    "bad_json": Check(
+        severity="error",
+        title="lines or members that do not parse",
+        remedy="correct or remove the line",
+        reasons=("bad_json", "truncated"),
+    ),
+    "schema": Check(
+        severity="error",
+        title="rows that break their schema",
+        remedy="write the row as the dataset class documents it",
+        reasons=(
+            "bad_message",
+            "bad_image_list",
+            "bad_objects",
+            "broken_record",
+            "unknown_category",
+            "no_expression",
+            "no_caption",
+        ),
+    ),  # fmt: skip
+    "missing_picture": Check(
+        severity="error",
+        title="pictures that are missing",
+        remedy="restore the files, correct data_dir, or remove the rows",
+        reasons=("missing_image",),
+    ),
+    "bad_picture": Check(
+        severity="error",
+        title="pictures that are truncated or no pictures",
+        remedy="fetch the files again, or remove the rows",
+        reasons=("bad_image",),
+    ),
+    "image_count": Check(
+        severity="error",
+        title=f"rows with another number of {IMAGE} than of pictures",
+        remedy=f"write one {IMAGE} per picture, or none",
+        reasons=("image_count",),
+    ),
+    "object_count": Check(
+        severity="error",
+        title="rows with another number of <BOX> or <SEG> than of objects",
+        remedy="write one <BOX> or <SEG> in the answers per object",
+        reasons=("object_count", "object_image"),
+    ),
+    "nothing_to_learn": Check(
+        severity="error",
+        title="rows without an answer, a target picture or a region",
+        remedy="give the row an answer, or remove it",
+        reasons=("no_target",),
+    ),
+    "bad_box": Check(
+        severity="error",
+        title="boxes that are no boxes, or have no area inside their picture",
+        remedy="correct or remove the box",
+        reasons=("bad_box",),
+    ),
+    "bad_mask": Check(
+        severity="error",
+        title="masks that cannot be decoded",
+        remedy="write COCO's RLE or polygons",
+        reasons=("bad_mask",),
+    ),
+    "empty_mask": Check(
+        severity="error",
+        title="masks without a pixel",
+        remedy="remove the object; if it is lost in the resize, raise max_image_size",
+        reasons=("empty_mask",),
+    ),
+    "mask_size": Check(
+        severity="error",
+        title="masks made for a picture of another size",
+        remedy="make the mask again from the picture that the row names",
+        reasons=("mask_size",),
+    ),
+    "over_budget": Check(
+        severity="error",
+        title="samples longer than the limit",
+        remedy="raise --max_num_tokens_per_sample, or lower max_image_size or max_turns",
+        reasons=("too_long",),
+        find=over_budget,
+    ),
+    "unusable": Check(
+        severity="error",
+        title="records rejected for another reason",
+        remedy="the message says what is wrong",
+    ),
+    # What would be trained although it is wrong.
+    "leaked_picture": Check(
+        severity="error",
+        title="pictures that both mixtures have",
+        remedy="split by picture before making rows, and make the files again",
+    ),
+    "box_scale": Check(
+        severity="error",
+        title="boxes in another scale than pixels",
+        remedy="multiply by the picture's width and height (and divide thousandths by 1000)",
+        find=box_scale,
+        instead_of=("bad_box",),
+    ),
+    "box_corners": Check(
+        severity="error",
+        title="boxes whose corners are in the wrong order",
+        remedy="write objects as x0, y0, x1, y1; COCO annotations as x, y, width, height",
+        find=box_corners,
+        instead_of=("bad_box",),
+    ),
+    "box_outside": Check(
+        severity="warning",
+        title="boxes that reach out of their picture",
+        remedy="correct the box, or see whether the picture was resized or cropped after it was annotated",
+        find=box_outside,
+        instead_of=("bad_box",),
+    ),
+    "declared_size": Check(
+        severity="warning",
+        title="pictures of another size than the row says",
+        remedy="see whether the picture was resized after it was annotated: boxes and masks would be off",
+        find=declared_size,
+    ),
+    "pair_size": Check(
+        severity="warning",
+        title="edits whose input and output differ in size",
+        remedy="write both pictures in one size",
+        find=pair_size,
+    ),
+    "leaked_text": Check(
+        severity="warning",
+        title="conversations without pictures that both mixtures have",
+        remedy="remove them from one of the two",
+    ),
+    "literal_image": Check(
+        severity="warning",
+        title=f"texts in which {IMAGE} stays as letters",
+        remedy=f"remove the {IMAGE}, or name its picture in the row",
+        find=literal_image,
+    ),
+    "framing_token": Check(
+        severity="warning",
+        title="texts that write the model's own framing tokens",
+        remedy="remove them: the layout sets them itself",
+        find=framing_token,
+    ),
+    "exif_rotation": Check(
+        severity="warning",
+        title="pictures stored turned",
+        remedy="turn the pixels (PIL.ImageOps.exif_transpose) and save the file again",
+        find=exif_rotation,
+    ),
+    "blank_picture": Check(
+        severity="warning",
+        title="pictures of one colour",
+        remedy="see whether the file was made from missing data",
+        find=blank_picture,
+    ),
+    "duplicate_row": Check(
+        severity="warning",
+        title="rows that stand twice in a group, same texts and same pictures",
+        remedy="remove one of them",
+    ),
+    "short_source": Check(
+        severity="warning",
+        title="data sets with fewer records than num_used_data asks for",
+        remedy="lower num_used_data, or give the data set its missing records",
+    ),
+    "tiny_group": Check(
+        severity="warning",
+        title="groups with fewer records than lanes: they repeat within a step or two",
+        remedy="lower the weight, add records, or lower --num_lanes",
+    ),
+    # What is good to know.
+    "never_drawn": Check(
+        severity="note", title="groups of weight 0", remedy="remove the group, or give it a weight"
+    ),
+    "repeated_text": Check(
+        severity="note",
+        title="conversations without pictures that stand several times in a group",
+        remedy="remove the copies if they are not meant to weigh more",
+    ),
+}
+"""Kind -> what it is. Of one severity, the first row is the worst."""
+
+KIND_OF_REASON: Mapping[str, str] = {reason: kind for kind, c in CHECKS.items() for reason in c.reasons}
+
+
+def find_faults(look: Look, rejected: tuple[str, str] | None) -> dict[str, str]:
+    """What is wrong with one record: kind -> message.
+
+    Args:
+        look: the record.
+        rejected: reason and message, if it gave no sample.
+    """
+    found: dict[str, str] = {}
+    if rejected is not None:
+        found[KIND_OF_REASON.get(rejected[0], "unusable")] = rejected[1]
+    for kind, check in CHECKS.items():
+        message = check.find(look) if check.find else None
+        if message is not None:
+            found[kind] = message
+    for kind in tuple(found):
+        for other in CHECKS[kind].instead_of:
+            found.pop(other, None)
+    return found
