@@ -1,14 +1,14 @@
 """Messages with `<image>` -> segments: the one place that knows in which order a conversation's texts and pictures stand.
 
-A row's `message` (or LLaVA's `conversations`) becomes `Turn`s, turns and pictures become `Segment`s and `Region`s. Dataset
-classes call `build_sample`; inference calls `prompt_segments` (or the two makers of single segments, when it feeds them one by
-one), which go through the same code, so that a prompt is exactly the beginning of a training sample.
+A row's `message` (or LLaVA's `conversations`) becomes `Turn`s (`data/rows.py`), turns and pictures become `Segment`s and
+`Region`s. Dataset classes call `build_sample`; inference calls `prompt_segments` (or the two makers of single segments, when it
+feeds them one by one), which go through the same code, so that a prompt is exactly the beginning of a training sample.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from data.tokens import ANCHORS, Tokenizer
 from data.types import EMPTY_BOX, EMPTY_MASK, Kind, Region, Sample, Segment
 
 IMAGE = "<image>"
+VIDEO = "<video>"
 HEADS = {token: head for head, token in ANCHORS.items()}
 _LEADING_IMAGES = re.compile(rf"(\s*{IMAGE})*\s*")
 _ANCHOR = re.compile("|".join(re.escape(token) for token in HEADS))
@@ -98,29 +99,6 @@ def require_draws(draws: int) -> int:
     return draws
 
 
-def read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """The turns of a row's `message` or `conversations`.
-
-    Raises:
-        SkipSample: `bad_message` if there is none or a turn is not `{"from": "human" | "gpt", "value": text}`.
-    """
-    messages = row.get("message", row.get("conversations"))
-    if not isinstance(messages, list) or not messages:
-        raise SkipSample("bad_message", "the row has no `message` (or `conversations`) list")
-    turns = []
-    for i, message in enumerate(messages):
-        role, text = (
-            (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
-        )
-        if role not in ("human", "gpt") or not isinstance(text, str):
-            raise SkipSample(
-                "bad_message",
-                f'turn {i} must be {{"from": "human" or "gpt", "value": text}}, not {message!s:.80}',
-            )
-        turns.append(Turn(role=cast(Role, role), text=text))
-    return tuple(turns)
-
-
 def read_image_names(row: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
     """Picture paths under the first of `keys` that the row has: a path, `{"path": …}`, or a list of either.
 
@@ -168,9 +146,39 @@ def end_with_images(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
     """Put `count` placeholders after the last answer, unless some answer has its own."""
     if any(IMAGE in turn.text for turn in turns if turn.role == "gpt"):
         return tuple(turns)
-    if turns[-1].role != "gpt":
-        turns = (*turns, Turn(role="gpt", text=""))
-    return (*turns[:-1], replace(turns[-1], text=turns[-1].text + IMAGE * count))
+    *before, last = _with_an_answer(turns)
+    return (*before, replace(last, text=last.text + IMAGE * count))
+
+
+def draw_before_the_answer(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
+    """Put `count` placeholders before the last answer, wherever the answers had theirs."""
+    bare = without_images(turns, "gpt")
+    *before, last = _with_an_answer(bare)
+    return (*before, replace(last, text=IMAGE * count + last.text))
+
+
+def without_images(turns: Sequence[Turn], role: Role) -> tuple[Turn, ...]:
+    """One side's texts without placeholders."""
+    return tuple(
+        replace(t, text=t.text.replace(IMAGE, " ")) if t.role == role and IMAGE in t.text else t
+        for t in turns
+    )
+
+
+def show_frames(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
+    """Put `count` `<image>`s in the place of the first human turn's `<video>`.
+
+    Raises:
+        SkipSample: `no_video_place` if no human turn has one.
+    """
+    for i, turn in enumerate(turns):
+        if turn.role == "human" and VIDEO in turn.text:
+            return (*turns[:i], replace(turn, text=turn.text.replace(VIDEO, IMAGE * count)), *turns[i + 1 :])
+    raise SkipSample("no_video_place", f"the row has a video and no human turn has {VIDEO}, where it stands")
+
+
+def _with_an_answer(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple(turns) if turns[-1].role == "gpt" else (*turns, Turn(role="gpt", text=""))
 
 
 def choose_exchanges(

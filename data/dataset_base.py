@@ -24,13 +24,20 @@ __all__ = [
     "Record",
     "SkipSample",
     "TaskDataset",
+    "Tower",
     "Transform",
     "finish_sample",
     "require_mask_size",
 ]
 
+Tower = Literal["vae", "vit"]
+"""Which encoder a transform prepares pictures for."""
+
 Transform = Callable[..., Tensor]
 """`(image, num_images=1) -> 3 hh ww` uint8, see data/transforms."""
+
+PUBLISHED_PIXELS, PUBLISHED_SIDE = 20_000_000, 4096
+"""UniMedVL leaves out rows with a picture of more pixels, or with a side of this many."""
 
 BOX_TOLERANCE = 1e-4
 """How far a box may stand over the picture's edge (rounding in annotation tools)."""
@@ -39,21 +46,29 @@ BOX_TOLERANCE = 1e-4
 class TaskDataset(ABC):
     """Turns records into samples.
 
-    A subclass adds its own keyword arguments to `__init__`; the YAML may set each of them by name.
+    A subclass adds its own keyword arguments to `__init__` and hands on the others (`**base`); the YAML may set each of them by
+    name.
 
     Args:
         tokenizer: encodes the texts.
         vit_transform: picture -> pixels for the ViT, or None if the YAML has no such block.
         vae_transform: the same for the VAE.
+        upstream_compat: do what the published code does where that is odd; each class says what.
     """
 
     source_format: ClassVar[str] = "jsonl"
-    """What the class reads; a data location has it under `jsonl_path`, `tar_path` or `coco_path`."""
+    """What the class reads; a data location has it under `jsonl_path`, `tar_path`, `coco_path` or `parquet_path`."""
 
-    image_transform_role: ClassVar[Literal["vae", "vit"]] = "vae"
+    row: ClassVar[type | None] = None
+    """The table (`data/rows.py`) that its records have to fit; None where they are no rows of one kind."""
+
+    limits_size: ClassVar[bool] = False
+    """Under `upstream_compat`, large pictures are rejected, as UniMedVL's classes do."""
+
+    image_transform_role: ClassVar[Tower] = "vae"
     """Which of them the YAML block `image_transform_args` means (published `vlm_sft`: that of the ViT)."""
 
-    needs: ClassVar[tuple[Literal["vae", "vit"], ...]] = ()
+    needs: ClassVar[tuple[Tower, ...]] = ()
     """Transforms the class cannot do without; checked when the YAML is read."""
 
     def __init__(
@@ -62,10 +77,12 @@ class TaskDataset(ABC):
         tokenizer: Tokenizer,
         vit_transform: Transform | None = None,
         vae_transform: Transform | None = None,
+        upstream_compat: bool = False,
     ):
         self.tokenizer = tokenizer
         self.vit_transform = vit_transform
         self.vae_transform = vae_transform
+        self.upstream_compat = upstream_compat
 
     @abstractmethod
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
@@ -75,13 +92,36 @@ class TaskDataset(ABC):
             SkipSample: if the record cannot be used.
         """
 
+    def open_image(self, record: Record, name: str) -> Image.Image:
+        """A picture of a record, by the name that the row gives it.
+
+        Raises:
+            SkipSample: if it is missing or broken, or too large for the published code that the group has to behave like.
+        """
+        image = record.open_image(name)
+        large = image.width * image.height > PUBLISHED_PIXELS or max(image.size) >= PUBLISHED_SIDE
+        if large and self.upstream_compat and self.limits_size:
+            raise SkipSample(
+                "too_large",
+                f"a picture of {image.width}x{image.height} px; upstream_compat takes {PUBLISHED_PIXELS} px and sides below "
+                f"{PUBLISHED_SIDE}",
+            )
+        return image
+
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
-        """The keyword arguments that the YAML may set."""
+        """The keyword arguments that the YAML may set: those of `__init__`, and of the classes it hands `**base` on to."""
+        named: dict[str, inspect.Parameter] = {}
+        for owner in cls.__mro__:
+            if "__init__" not in vars(owner):
+                continue
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters
+            named = {**parameters, **named}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
         own = {"self", "tokenizer", "vit_transform", "vae_transform"}
-        parameters = inspect.signature(cls.__init__).parameters
-        named = {n: p for n, p in parameters.items() if n not in own and p.kind is not p.VAR_KEYWORD}
-        return {n: p for n, p in named.items() if p.kind is not p.VAR_POSITIONAL}
+        by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return {n: p for n, p in named.items() if n not in own and p.kind in by_name}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,22 +6,29 @@ To add a task, write one file with a `TaskDataset` class and give it a row in `D
 from collections.abc import Mapping
 
 from data.dataset_base import TaskDataset
-from data.interleave_datasets.edit import EditDataset
+from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
+from data.interleave_datasets.steps import StepsDataset
 from data.perception_dataset import ReferDataset
-from data.t2i_dataset import T2iDataset, T2iMessageDataset
+from data.t2i_dataset import ParquetT2iDataset, T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
-from data.vlm_dataset import VlmDataset, VlmVer1Dataset
+from data.vlm_dataset import ReconstructionDataset, ReconstructionVer2Dataset, VlmDataset, VlmVer1Dataset
 
 DATASET_REGISTRY: dict[str, type[TaskDataset]] = {
-    # YAML group key (or its `type:`) -> class. The long names are the published ones.
+    # YAML group key (or its `type:`) -> class. First the published names: Bagel's, then UniMedVL's and MedQ-Uni's.
     "vlm_sft": VlmDataset,
+    "t2i_pretrain": ParquetT2iDataset,
+    "unified_edit": StepsDataset,
     "SftJSONLIterableDataset_Ver1": VlmVer1Dataset,
+    "SftJSONLIterableDataset_with_VisualReconstruction_Ver1": ReconstructionDataset,
+    "SftJSONLIterableDataset_with_VisualReconstruction_Ver2": ReconstructionVer2Dataset,
     "SftJSONLIterableDataset_TextOnly": TextDataset,
+    "MedicalImageEditingIterableDataset_ver1": EditDataset,
+    "CounterfactualMedicalIterableDataset_ver1": CounterfactualDataset,
+    "T2IIterableDataset_Ver1": T2iMessageDataset,
+    # Ours.
     "text_only": TextDataset,
     "t2i_webdataset": T2iDataset,
-    "T2IIterableDataset_Ver1": T2iMessageDataset,
     "edit_jsonl": EditDataset,
-    "MedicalImageEditingIterableDataset_ver1": EditDataset,
     "refer_coco": ReferDataset,
 }
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.conversation import IMAGE, Target, Turn, build_sample, image_segment, read_image_names
-from data.dataset_base import Record, SkipSample, TaskDataset, Transform
-from data.tokens import ANCHORS, Tokenizer
+from data.conversation import IMAGE, Target, Turn, build_sample, image_segment
+from data.dataset_base import Record, SkipSample, TaskDataset
+from data.rows import PhotoRow, ThingRow, read_row
+from data.tokens import ANCHORS
 from data.transforms.boxes import normalised_box, read_mask, resized_mask
 from data.types import Sample
 
@@ -36,15 +37,13 @@ class ReferDataset(TaskDataset):
     def __init__(
         self,
         *,
-        tokenizer: Tokenizer,
-        vit_transform: Transform | None = None,
-        vae_transform: Transform | None = None,
         box_templates: Sequence[str] = ("Where is {ref}?",),
         mask_templates: Sequence[str] = ("Segment {ref}.",),
         max_turns: int = 0,
         independent_turns: bool = False,
+        **base: Any,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
+        super().__init__(**base)
         self.templates = {"box": tuple(box_templates), "mask": tuple(mask_templates)}
         self.max_turns, self.independent_turns = max_turns, independent_turns
         if max_turns < 0:
@@ -58,25 +57,26 @@ class ReferDataset(TaskDataset):
                 raise ValueError(
                     f"{head}_templates: {wrong[0]!r} does not contain {{ref}}, the place of the expression"
                 )
-            if templates and head not in tokenizer.special.anchors:
+            if templates and head not in self.tokenizer.special.anchors:
                 raise ValueError(
-                    f"{tokenizer.path}: the vocabulary lacks {ANCHORS[head]}; {head}_templates need it"
+                    f"{self.tokenizer.path}: the vocabulary lacks {ANCHORS[head]}; {head}_templates need it"
                 )
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
-        names = read_image_names(record.data["image"], "file_name")
-        if not names or not record.data["annotations"]:
-            raise SkipSample("bad_image_list", "the image has no file_name or no annotations")
-        picture = record.open_image(names[0])
+        photo = read_row(PhotoRow, record.data["image"], "image")
+        picture = self.open_image(record, photo.file)
         und = image_segment("und_image", picture, self.vit_transform)
         hw = (und.pixels.shape[1], und.pixels.shape[2])
         # Every annotation is read, asked for or not: whether a record is rejected must not hang on the draw.
         things = [
-            (expressions, target)
+            (thing.names, target)
             for annotation in record.data["annotations"]
-            for expressions in [_read_expressions(annotation, record.data["categories"])]
-            for target in self._read_targets(annotation, picture.size, hw)
+            for what in [f"annotation {annotation.get('id')}"]
+            for thing in [_read_thing(annotation, record.data["categories"], what)]
+            for target in self._read_targets(thing, picture.size, hw, what)
         ]
+        if not things:
+            raise SkipSample("no_target", "the image has no annotations")
         chosen = [things[i] for i in rng.permutation(len(things))[: self.max_turns or None]]
         turns = [turn for names, target in chosen for turn in self._ask(names, target, rng)]
         turns[0] = replace(turns[0], text=IMAGE + turns[0].text)
@@ -85,13 +85,17 @@ class ReferDataset(TaskDataset):
         )
 
     def _read_targets(
-        self, annotation: Mapping[str, Any], size: tuple[int, int], hw: tuple[int, int]
+        self, thing: ThingRow, size: tuple[int, int], hw: tuple[int, int], what: str
     ) -> Iterator[Target]:
-        what = f"annotation {annotation.get('id')}"
         if self.templates["box"]:
-            yield Target(head="box", box=normalised_box(_xyxy(annotation.get("bbox"), what), size, what))
+            if thing.box is None:
+                raise SkipSample(
+                    "bad_box", f"{what}: it has no `bbox`; give it one, or set box_templates: []"
+                )
+            x, y, width, height = thing.box
+            yield Target(head="box", box=normalised_box((x, y, x + width, y + height), size, what))
         if self.templates["mask"]:
-            mask = read_mask(annotation.get("segmentation"), size, what)
+            mask = read_mask(thing.mask, size, what)
             yield Target(head="mask", mask=resized_mask(mask, hw, what))
 
     def _ask(self, expressions: Sequence[str], target: Target, rng: np.random.Generator) -> tuple[Turn, Turn]:
@@ -102,28 +106,9 @@ class ReferDataset(TaskDataset):
         return question, Turn(role="gpt", text=ANCHORS[target.head], targets=(replace(target, name=name),))
 
 
-def _read_expressions(annotation: Mapping[str, Any], categories: Mapping[Any, Any]) -> list[str]:
-    what = f"annotation {annotation.get('id')}"
-    if annotation.get("category_id") not in categories:
+def _read_thing(annotation: Mapping[str, Any], categories: Mapping[Any, Any], what: str) -> ThingRow:
+    thing = read_row(ThingRow, annotation, what)
+    if thing.category not in categories:
         known = ", ".join(str(c) for c in list(categories)[:20])
-        raise SkipSample(
-            "unknown_category", f"{what}: category_id {annotation.get('category_id')!r} is not one of {known}"
-        )
-    expressions = annotation.get("expressions")
-    if (
-        not isinstance(expressions, list)
-        or not expressions
-        or not all(isinstance(e, str) and e for e in expressions)
-    ):
-        raise SkipSample("no_expression", f'{what}: needs "expressions", a list of texts that name the thing')
-    return expressions
-
-
-def _xyxy(bbox: Any, what: str) -> tuple[float, float, float, float]:
-    try:
-        x, y, width, height = (float(v) for v in bbox)
-    except (TypeError, ValueError):
-        raise SkipSample(
-            "bad_box", f"{what}: bbox is four numbers x, y, width, height, not {bbox!r}"
-        ) from None
-    return x, y, x + width, y + height
+        raise SkipSample("unknown_category", f"{what}: category_id {thing.category!r} is not one of {known}")
+    return thing

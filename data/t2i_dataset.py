@@ -1,7 +1,6 @@
-"""Captions and the pictures to draw from them: WebDataset shards or message JSONL -> Samples."""
+"""Captions and the pictures to draw from them: WebDataset shards, parquet files or message JSONL -> Samples."""
 
-from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -12,13 +11,12 @@ from data.conversation import (
     build_sample,
     end_with_images,
     image_segment,
-    read_image_names,
-    read_turns,
     require_draws,
+    without_images,
 )
-from data.dataset_base import Record, SkipSample, TaskDataset, Transform
-from data.tokens import Tokenizer
-from data.types import Sample
+from data.dataset_base import Record, SkipSample, TaskDataset
+from data.rows import CaptionedRow, CaptionRow, DrawRow, read_row
+from data.types import Sample, Segment
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
@@ -35,66 +33,74 @@ class T2iDataset(TaskDataset):
         tokenizer, vit_transform, vae_transform: of the group.
         draws: noised copies of the picture, every one with its own time and noise; they share the caption and do not see
             each other.
+        upstream_compat: a picture without a caption is drawn from a blank.
     """
 
     source_format: ClassVar[str] = "tar"
     needs = ("vae",)
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Tokenizer,
-        vit_transform: Transform | None = None,
-        vae_transform: Transform | None = None,
-        draws: int = 1,
-    ) -> None:
-        super().__init__(tokenizer=tokenizer, vit_transform=vit_transform, vae_transform=vae_transform)
+    def __init__(self, *, draws: int = 1, **base: Any) -> None:
+        super().__init__(**base)
         self.draws = require_draws(draws)
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
-        caption = _caption(record, rng)
-        drawn = image_segment("gen_image", _open_member(record), self.vae_transform)
+        row, picture = self.read(record)
+        texts = row.captions or ((row.caption,) if row.caption.strip() else ())
+        if not texts and not self.upstream_compat:
+            raise SkipSample(
+                "no_caption", "none of `captions`, `caption` and `txt` has a text; give the picture one"
+            )
+        drawn = (image_segment("gen_image", picture, self.vae_transform),) * self.draws
+        if not texts:
+            blank = Segment(kind="text", ids=self.tokenizer.encode(" "), droppable=True)
+            return Sample(segments=(blank, *drawn), task="t2i")
+        caption = texts[int(rng.integers(len(texts)))]
         turns = [Turn(role="human", text=caption.replace(IMAGE, " ")), Turn(role="gpt", text=IMAGE)]
-        return build_sample(turns, self.tokenizer, drawn=[(drawn,) * self.draws], drop_text=True, task="t2i")
+        return build_sample(turns, self.tokenizer, drawn=[drawn], drop_text=True, task="t2i")
+
+    def read(self, record: Record) -> tuple[CaptionRow, Image.Image]:
+        """The captions and the picture of a record."""
+        fields = record.data.get("json")
+        members = {key: value for key, value in record.data.items() if key != "json"}
+        row = read_row(CaptionRow, {**members, **(fields if isinstance(fields, dict) else {})})
+        return row, _open_member(record)
+
+
+class ParquetT2iDataset(T2iDataset):
+    """Text-to-image from parquet files, the published `t2i_pretrain`.
+
+    Row (`CaptionedRow`): `image` (bytes of a picture file) and `captions` (a JSON string of a dict), one of whose texts is drawn.
+
+    Plan and arguments: those of `T2iDataset`.
+    """
+
+    source_format: ClassVar[str] = "parquet"
+    row = CaptionedRow
+
+    def read(self, record: Record) -> tuple[CaptionRow, Image.Image]:
+        row = read_row(CaptionedRow, record.data)
+        return row, self.open_image(record, row.image)
 
 
 class T2iMessageDataset(TaskDataset):
     """Text-to-image from message JSONL, under the published name `T2IIterableDataset_Ver1`.
 
-    Row: `{"output_img": [{"path": "b.png"}], "message": [{"from": "human", "value": "Draw a red 7."}, {"from": "gpt", "value":
-    "Here it is. <image>"}]}`; `input_img` is read where there is no `output_img`, as published.
+    Row (`DrawRow`): `{"output_img": [{"path": "b.png"}], "message": [{"from": "human", "value": "Draw a red 7."}, {"from": "gpt",
+    "value": "Here it is. <image>"}]}`; `input_img` is read where there is no `output_img`, as published.
 
     Plan: text (droppable), text (supervised) if the answer has any, gen_image.
     """
 
-    source_format: ClassVar[str] = "jsonl"
+    row = DrawRow
     needs = ("vae",)
+    limits_size = True
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
-        pictures = [
-            record.open_image(name) for name in read_image_names(record.data, "output_img", "input_img")
-        ]
-        if not pictures:
-            raise SkipSample("image_count", "the row has no output_img to draw")
+        row = read_row(DrawRow, record.data)
+        pictures = [self.open_image(record, name) for name in row.outputs]
         drawn = [(image_segment("gen_image", p, self.vae_transform),) for p in pictures]
-        said = [
-            replace(turn, text=turn.text.replace(IMAGE, " ")) if turn.role == "human" else turn
-            for turn in read_turns(record.data)
-        ]
-        turns = end_with_images(said, len(pictures))
-        task = str(record.data.get("main_task_type", "t2i"))
-        return build_sample(turns, self.tokenizer, drawn=drawn, drop_text=True, task=task)
-
-
-def _caption(record: Record, rng: np.random.Generator) -> str:
-    row = record.data.get("json")
-    fields = row if isinstance(row, dict) else {}
-    captions = fields.get("captions") or [fields.get("caption", record.data.get("txt"))]
-    captions = list(captions.values()) if isinstance(captions, dict) else captions
-    caption = captions[int(rng.integers(len(captions)))]
-    if not isinstance(caption, str) or not caption.strip():
-        raise SkipSample("no_caption", "no `caption` or `captions` in the .json member, and no .txt member")
-    return caption
+        turns = end_with_images(without_images(row.turns, "human"), len(pictures))
+        return build_sample(turns, self.tokenizer, drawn=drawn, drop_text=True, task=row.task or "t2i")
 
 
 def _open_member(record: Record) -> Image.Image:

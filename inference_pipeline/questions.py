@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.conversation import IMAGE, read_turns
+from data.conversation import IMAGE
 from data.dataset_base import SkipSample
 from data.perception_dataset import ReferDataset
+from data.rows import ChatRow, read_row
 from data.transforms.boxes import read_mask
 
 TEMPLATES: Mapping[str, Sequence[str]] = {
@@ -102,7 +103,7 @@ def read_edit(root: Path, split: str) -> Iterator[Question]:
     """One instruction and one edited picture per row."""
     for where, number, row in _json_lines(root / f"edit_{split}.jsonl"):
         with _naming(where):
-            instruction, report = read_turns(row)
+            instruction, report = read_row(ChatRow, row).turns
             edit, after = row["meta"]["edit"], row["output_img"][0]
             target = Glyph(digit=edit["digit"], colour=edit["from"], box=tuple(edit["box"]))
             yield Question(
@@ -213,7 +214,7 @@ def read_questions(root: Path, split: str, kinds: tuple[str, ...], limit: int = 
 def _turns(root: Path, path: Path, task: str) -> Iterator[Question]:
     for where, number, row in _json_lines(path):
         with _naming(where):
-            turns = read_turns(row)
+            turns = read_row(ChatRow, row).turns
             kinds = row.get("meta", {}).get("kinds", [])
             images = tuple(root / image["path"] for image in row.get("input_img", []))
             for turn, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 MAY_IMPORT = {
-    "data": {"data"},
+    "data": {"data", "modeling.optional"},
     "modeling": {"modeling", "data.types", "data.layout", "data.tokens", "data.packing"},
     "train": {"train", "modeling", "data"},
     "inference_pipeline": {"inference_pipeline", "train", "modeling", "data"},
@@ -34,7 +34,7 @@ CORE = {
 
 OPTIONAL = (
     "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
-    "matplotlib", "wandb", "pycocotools",
+    "matplotlib", "wandb", "pycocotools", "pyarrow",
 )  # fmt: skip
 
 WRITTEN = (

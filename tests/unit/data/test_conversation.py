@@ -13,8 +13,6 @@ from data.conversation import (
     end_with_images,
     lead_with_images,
     prompt_segments,
-    read_image_names,
-    read_turns,
     text_segments,
 )
 from data.dataset_base import SkipSample
@@ -229,37 +227,3 @@ def test_single_segments_are_those_of_a_prompt(tokenizer):
         prompt_segments("<image> q\n", tokenizer, [und(1)]),
     )
     assert torch.equal(alone.ids, prompted.ids) and text_segments(" \n", tokenizer) == ()
-
-
-def test_rows_of_both_spellings_are_read_alike():
-    messages = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert (
-        read_turns({"message": messages}) == read_turns({"conversations": messages}) == (human("q"), gpt("a"))
-    )
-
-
-@pytest.mark.parametrize(
-    "row", [{}, {"message": []}, {"message": "q"}, {"message": ["q"]}, {"message": [{"from": "system", "value": "x"}]},
-            {"message": [{"from": "gpt", "value": None}]}],
-)  # fmt: skip
-def test_broken_messages_are_refused(row):
-    assert reason(read_turns, row) == "bad_message"
-
-
-@pytest.mark.parametrize(
-    ("row", "names"),
-    [
-        ({}, ()),
-        ({"image": "a.png"}, ("a.png",)),
-        ({"image": ["a.png", "b.png"]}, ("a.png", "b.png")),
-        ({"input_img": [{"path": "a.png", "height": 1, "width": 1}], "image": "b.png"}, ("a.png",)),
-        ({"input_img": []}, ()),
-    ],
-)
-def test_picture_names(row, names):
-    assert read_image_names(row, "input_img", "image") == names
-
-
-@pytest.mark.parametrize("row", [{"image": 3}, {"image": [""]}, {"image": [{"file": "a.png"}]}])
-def test_broken_picture_names_are_refused(row):
-    assert reason(read_image_names, row, "image") == "bad_image_list"

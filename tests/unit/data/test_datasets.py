@@ -17,17 +17,18 @@ from PIL import Image
 from data.conversation import IMAGE, image_segment, prompt_segments
 from data.dataset_base import DropoutSpec, Record, SkipSample, TaskDataset, finish_sample
 from data.dataset_info import DATASET_REGISTRY
-from data.interleave_datasets.edit import EditDataset
+from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
+from data.interleave_datasets.steps import StepsDataset
 from data.layout import LayoutSpec
 from data.mixture import load_mixture
 from data.packing import pack
 from data.perception_dataset import ReferDataset
-from data.t2i_dataset import T2iDataset, T2iMessageDataset
+from data.t2i_dataset import ParquetT2iDataset, T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
 from data.tokens import Tokenizer
 from data.transforms import ImageTransform
 from data.types import Sample
-from data.vlm_dataset import VlmDataset, VlmVer1Dataset
+from data.vlm_dataset import ReconstructionDataset, ReconstructionVer2Dataset, VlmDataset, VlmVer1Dataset
 
 ROOT = Path(__file__).parents[3]
 VIT = ImageTransform(max_image_size=32, min_image_size=32, stride=8)
@@ -41,6 +42,7 @@ def png(width: int = 64, height: int = 64, value: int = 7) -> bytes:
 
 
 FILES = {"a.png": png(value=1), "b.png": png(value=2), "png": png(value=3), "wide.png": png(128, 64)}
+FILES |= {f"image_list/{i}": png(value=10 + i) for i in range(4)}
 
 
 def record(data: dict, files: dict[str, bytes] = FILES) -> Record:
@@ -85,6 +87,8 @@ EDIT = {
 }
 TEXT = {"message": message("2 <image> +\n3", "5")}
 T2I = {"json": {"caption": "a red 7"}}
+PARQUET = {"image": "a.png", "captions": '{"short": "a red 7", "long": "a red 7"}'}
+STEPS = {"image_list": ["image_list/0", "image_list/1"], "instruction_list": [["Make it red."]]}
 DRAW = {"output_img": [{"path": "b.png"}], "message": message("Draw.", "Here: <image>")}
 
 
@@ -106,7 +110,12 @@ REFER = coco(annotation(), annotation(id=6, bbox=[0, 0, 32, 64], expressions=["t
 ROWS = {
     VlmDataset: VQA,
     VlmVer1Dataset: VQA,
+    ReconstructionDataset: VQA,
+    ReconstructionVer2Dataset: VQA,
     EditDataset: EDIT,
+    CounterfactualDataset: EDIT,
+    StepsDataset: STEPS,
+    ParquetT2iDataset: PARQUET,
     TextDataset: TEXT,
     T2iDataset: T2I,
     T2iMessageDataset: DRAW,
@@ -146,7 +155,7 @@ def test_plans(tokenizer, dataset_class, options, expected):
 @pytest.mark.parametrize("name", DATASET_REGISTRY)
 def test_every_class_is_a_pure_function_that_says_what_it_reads(tokenizer, name):
     dataset_class = DATASET_REGISTRY[name]
-    assert dataset_class.source_format in ("jsonl", "tar", "coco") and dataset_class.__doc__
+    assert dataset_class.source_format in ("jsonl", "tar", "coco", "parquet") and dataset_class.__doc__
     dataset, row = make(dataset_class, tokenizer), ROWS[dataset_class]
     before = json.dumps(row)
     one, other = sample_of(dataset, row, 3), sample_of(dataset, row, 3)
@@ -188,7 +197,7 @@ def test_an_edit_that_points_before_it_draws(tokenizer):
 
 @pytest.mark.parametrize("missing", ["input_img", "output_img"])
 def test_an_edit_without_a_picture_is_refused(tokenizer, missing):
-    with pytest.raises(SkipSample, match="input_img and output_img"):
+    with pytest.raises(SkipSample, match=f"`{missing}` is missing or empty; it must be a path"):
         sample_of(make(EditDataset, tokenizer), {**EDIT, missing: []})
 
 

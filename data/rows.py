@@ -1,0 +1,287 @@
+"""What the rows of data sets look like: one table per kind of row, all checked by `read_row`.
+
+A kind of row is a dataclass. Each of its fields says under which keys of the row it may stand (the first one that has something
+counts), how it is read, what it must look like and under which reason a row is rejected in which it does not. Keys that no field
+names are left alone: published rows carry many notes.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
+
+from data.conversation import Role, Turn
+from data.readers import SkipSample
+
+REQUIRED: Any = object()
+"""Default of a column that a row cannot do without."""
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One field of a row.
+
+    Attributes:
+        keys: where it may stand.
+        read: the value in the form that the dataset classes use; `ValueError` says what is wrong with it.
+        form: what it must be, for people.
+        reason: under which a bad row is counted.
+        default: what a row without it has; `REQUIRED`: the row is rejected.
+    """
+
+    keys: tuple[str, ...]
+    read: Callable[[Any], Any]
+    form: str
+    reason: str
+    default: Any
+
+
+def column(*keys: str, read: Callable[[Any], Any], form: str, reason: str, default: Any = REQUIRED) -> Any:
+    """The field of a row's dataclass that such a `Column` describes."""
+    return field(metadata={"column": Column(keys=keys, read=read, form=form, reason=reason, default=default)})
+
+
+def read_row(kind: type[Row], row: Mapping[str, Any], what: str = "") -> Row:
+    """A row in the form of its table.
+
+    Args:
+        kind: the table.
+        row: as it stands in the file.
+        what: names the row in the message, where it is a part of a record ("annotation 5").
+
+    Raises:
+        SkipSample: naming the key, what is wrong with it and what it must be.
+    """
+    values: dict[str, Any] = {}
+    for f in fields(cast(Any, kind)):
+        rule: Column = f.metadata["column"]
+        key = next((key for key in rule.keys if not _is_absent(row.get(key))), None)
+        try:
+            if key is None and rule.default is REQUIRED:
+                raise ValueError("is missing or empty")
+            values[f.name] = rule.default if key is None else rule.read(row[key])
+        except ValueError as e:
+            named = " or ".join(f"`{k}`" for k in rule.keys if key in (None, k))
+            message = f"{named} {e}; it must be {rule.form}: correct the row or remove it"
+            raise SkipSample(rule.reason, f"{what}: {message}" if what else message) from None
+    return kind(**values)
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+# ------------------------------------------------------------------------------------- how values are read
+
+
+def as_text(value: Any) -> str:
+    """A text, as it is."""
+    if not isinstance(value, str):
+        raise ValueError(f"is {_shown(value)}")
+    return value
+
+
+def as_turns(value: Any) -> tuple[Turn, ...]:
+    """What is said, by whom."""
+    turns = []
+    for i, message in enumerate(_as_list(value)):
+        said = message if isinstance(message, dict) else {}
+        role, text = said.get("from"), said.get("value")
+        if role not in ("human", "gpt") or not isinstance(text, str):
+            raise ValueError(f"has in turn {i} {_shown(message)}")
+        turns.append(Turn(role=cast(Role, role), text=text))
+    return tuple(turns)
+
+
+def as_files(value: Any) -> tuple[str, ...]:
+    """Names of files: one or a list, each by itself or as `{"path": name}`."""
+    return tuple(map(as_file, value if isinstance(value, (list, tuple)) else [value]))
+
+
+def as_file(value: Any) -> str:
+    """The name of one file; `{"bytes": name, "path": …}` is how data sets of the `datasets` library keep pictures in columns."""
+    name = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"has {_shown(value)}")
+    return name
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """The texts of a list, of a dict, or of the JSON string of one; empty ones are left out."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as e:
+            raise ValueError(f"is {_shown(value)}, no JSON") from e
+    texts = list(value.values()) if isinstance(value, dict) else _as_list(value)
+    if wrong := [t for t in texts if not isinstance(t, str)]:
+        raise ValueError(f"has the text {_shown(wrong[0])}")
+    return tuple(t for t in texts if t.strip())
+
+
+def as_names(value: Any) -> tuple[str, ...]:
+    """Texts that each say something."""
+    names = _as_list(value)
+    if wrong := [n for n in names if not isinstance(n, str) or not n.strip()]:
+        raise ValueError(f"has the text {_shown(wrong[0])}")
+    return tuple(names)
+
+
+def as_steps(value: Any) -> tuple[tuple[str, ...], ...]:
+    """Per step the wordings of its instruction; one wording may stand alone."""
+    steps = tuple(as_names([step] if isinstance(step, str) else step) for step in _as_list(value))
+    if empty := [i for i, step in enumerate(steps) if not step]:
+        raise ValueError(f"has no wording of step {empty[0]}")
+    return steps
+
+
+def as_objects(value: Any) -> Mapping[str, list[Any]]:
+    """Lists of one length, one entry per object."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, []), list) for key in OBJECT_KEYS):
+        raise ValueError(f"is {_shown(value)}")
+    known = {key: value[key] for key in OBJECT_KEYS if key in value}
+    if len({len(values) for values in known.values()}) > 1:
+        raise ValueError("has " + ", ".join(f"{key} {len(values)}" for key, values in known.items()))
+    return known
+
+
+def as_box(value: Any) -> tuple[float, float, float, float]:
+    """Four numbers."""
+    try:
+        a, b, c, d = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"is {_shown(value)}") from None
+    return a, b, c, d
+
+
+def as_it_is(value: Any) -> Any:
+    """Anything: what reads it later says what is wrong with it."""
+    return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"is {_shown(value)}")
+    return list(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+# --------------------------------------------------------------------------------------------- the tables
+
+OBJECT_KEYS = ("ref", "bbox", "mask", "image")
+PICTURES = 'a path, {"path": path}, or a list of them'
+MESSAGES = 'a list of {"from": "human" or "gpt", "value": text}'
+OBJECTS = f"lists of one length under {', '.join(OBJECT_KEYS)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRow:
+    """A conversation: UniMedVL's `message` or LLaVA's `conversations`."""
+
+    turns: tuple[Turn, ...] = column(
+        "message", "conversations", read=as_turns, form=MESSAGES, reason="bad_message"
+    )
+    task: str = column("main_task_type", read=as_text, form="a text", reason="bad_task", default="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TalkRow(ChatRow):
+    """A conversation about pictures or about a video."""
+
+    pictures: tuple[str, ...] = column(
+        "input_img", "image", read=as_files, form=PICTURES, reason="bad_image_list", default=()
+    )
+    video: tuple[str, ...] = column(
+        "video", read=as_files, form='a file, a folder ("clip/"), or a list of frames', reason="bad_video",
+        default=(),
+    )  # fmt: skip
+    objects: Mapping[str, list[Any]] = column(
+        "objects", read=as_objects, form=OBJECTS, reason="bad_objects", default={}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditRow(ChatRow):
+    """A conversation that turns pictures into pictures."""
+
+    inputs: tuple[str, ...] = column("input_img", read=as_files, form=PICTURES, reason="image_count")
+    outputs: tuple[str, ...] = column("output_img", read=as_files, form=PICTURES, reason="image_count")
+    objects: Mapping[str, list[Any]] = column(
+        "objects", read=as_objects, form=OBJECTS, reason="bad_objects", default={}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawRow(ChatRow):
+    """A conversation that ends in pictures."""
+
+    outputs: tuple[str, ...] = column(
+        "output_img", "input_img", read=as_files, form=PICTURES, reason="image_count"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionRow:
+    """What a picture to draw is called."""
+
+    captions: tuple[str, ...] = column(
+        "captions",
+        read=as_captions,
+        form="texts in a list, a dict or a JSON string",
+        reason="no_caption",
+        default=(),
+    )
+    caption: str = column("caption", "txt", read=as_text, form="a text", reason="no_caption", default="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionedRow(CaptionRow):
+    """A picture to draw with its captions (parquet)."""
+
+    image: str = column("image", read=as_file, form="a picture file", reason="missing_image")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsRow:
+    """A picture changed step by step (parquet): `instructions[k]` leads from `images[k]` to `images[k + 1]`."""
+
+    images: tuple[str, ...] = column(
+        "image_list", read=as_files, form="a list of picture files", reason="bad_image_list"
+    )
+    instructions: tuple[tuple[str, ...], ...] = column(
+        "instruction_list", read=as_steps, form="a list of lists of texts", reason="no_instruction"
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.images) < 2 or len(self.instructions) < len(self.images) - 1:
+            raise SkipSample(
+                "image_count",
+                f"`image_list` has {len(self.images)} pictures and `instruction_list` {len(self.instructions)} steps; there "
+                "must be two pictures or more and a step between each and the next",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhotoRow:
+    """A picture of a COCO file."""
+
+    file: str = column("file_name", read=as_file, form="a path", reason="bad_image_list")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThingRow:
+    """A named thing in a picture: an annotation of a COCO file."""
+
+    names: tuple[str, ...] = column(
+        "expressions", read=as_names, form="a list of texts that name the thing", reason="no_expression"
+    )
+    category: Any = column("category_id", read=as_it_is, form="a category's id", reason="unknown_category")
+    box: tuple[float, float, float, float] | None = column(
+        "bbox", read=as_box, form="four numbers x, y, width, height", reason="bad_box", default=None
+    )
+    mask: Any = column("segmentation", read=as_it_is, form="RLE or polygons", reason="bad_mask", default=None)
