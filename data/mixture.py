@@ -18,7 +18,7 @@ Paths are relative to the YAML file. `${NAME}` and `${NAME:default}` take enviro
 import logging
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,18 +27,12 @@ from typing import Any
 import yaml
 
 from data.dataset_base import TaskDataset
-from data.readers import CocoSource, ConcatSource, JsonlSource, SelectedSource, Source, TarSource
+from data.sources import FORMATS, LOCATION_KEYS, ConcatSource, SelectedSource, Source
+from data.sources.storage import is_remote
 from data.tokens import Tokenizer
 from data.transforms import build_transform
 
 logger = logging.getLogger(__name__)
-
-SOURCES: Mapping[str, Callable[[Mapping[str, str]], Source]] = {
-    "jsonl_path": lambda at: JsonlSource(at["jsonl_path"], at.get("data_dir")),
-    "tar_path": lambda at: TarSource(at["tar_path"]),
-    "coco_path": lambda at: CocoSource(at["coco_path"], at.get("data_dir")),
-}
-"""Key of a data location -> how it is read; a class reads `{source_format}_path`."""
 
 NOTE_KEYS = ("num_files", "num_total_samples")
 """Published locations carry these as notes."""
@@ -55,8 +49,9 @@ class SourceSpec:
 
     Attributes:
         dataset: its name in `dataset_names`.
-        location: `data_dir` and the other keys of a data location, as absolute paths.
-        path_key: which of them is read, a key of `SOURCES`.
+        location: `data_dir` and the other keys of a data location, as absolute paths or URLs.
+        format: how it is read, a row of `FORMATS`.
+        path_key: which key of the location names the data.
         start: first record.
         end: one past the last; None = all.
         shuffle_seed: the records are shuffled with this before the cut.
@@ -64,6 +59,7 @@ class SourceSpec:
 
     dataset: str
     location: Mapping[str, str]
+    format: str
     path_key: str
     start: int = 0
     end: int | None = None
@@ -145,16 +141,23 @@ def load_mixture(
     return tuple(specs)
 
 
-def build_groups(specs: Sequence[GroupSpec], tokenizer: Tokenizer) -> tuple[Group, ...]:
+def build_groups(
+    specs: Sequence[GroupSpec], tokenizer: Tokenizer, index_cache_dir: str | Path | None = None
+) -> tuple[Group, ...]:
     """Open the data of every group and make its dataset object.
+
+    Args:
+        specs: of `load_mixture`.
+        tokenizer: of the model.
+        index_cache_dir: where indexes of the data are kept (default: see `data.sources.index.open_index`).
 
     Raises:
         ValueError: if a file is missing or empty, or a transform or a class refuses its arguments.
     """
-    return tuple(_build_group(spec, tokenizer) for spec in specs)
+    return tuple(_build_group(spec, tokenizer, index_cache_dir) for spec in specs)
 
 
-def _build_group(spec: GroupSpec, tokenizer: Tokenizer) -> Group:
+def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | Path | None) -> Group:
     try:
         dataset = spec.dataset_class(
             tokenizer=tokenizer,
@@ -162,7 +165,7 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer) -> Group:
             vae_transform=None if spec.vae_transform is None else build_transform(spec.vae_transform),
             **spec.options,
         )
-        sources = [_open_source(s) for s in spec.sources]
+        sources = [_open_source(s, index_cache_dir) for s in spec.sources]
     except ValueError as e:
         raise ValueError(f"group {spec.name!r}: {e}") from e
     source = sources[0] if len(sources) == 1 else ConcatSource(sources)
@@ -171,8 +174,8 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer) -> Group:
     )
 
 
-def _open_source(spec: SourceSpec) -> Source:
-    source = SOURCES[spec.path_key](spec.location)
+def _open_source(spec: SourceSpec, index_cache_dir: str | Path | None) -> Source:
+    source = FORMATS[spec.format].open(spec.location, index_cache_dir)
     end = len(source) if spec.end is None else spec.end
     if end > len(source):
         logger.warning("%s: records up to %d are asked for, there are %d", spec.dataset, end, len(source))
@@ -287,29 +290,18 @@ class _Entry:
         ranges = used_ranges(used, names, f"{self.where}.num_used_data")
         seed = self.entry.get("shuffle_seed", 0) if self.entry.get("shuffle_lines", False) else None
         options = {k: v for k, v in self.entry.items() if k not in GROUP_KEYS}
-        path_key = f"{self.dataset_class.source_format}_path"
         return GroupSpec(
             name=group,
             dataset_class=self.dataset_class,
             weight=float(weight),
             is_mandatory=is_mandatory,
-            sources=tuple(
-                SourceSpec(
-                    dataset=n,
-                    location=self._location(n, path_key),
-                    path_key=path_key,
-                    start=a,
-                    end=b,
-                    shuffle_seed=seed,
-                )
-                for n, (a, b) in zip(names, ranges, strict=True)
-            ),
+            sources=tuple(self._source(n, a, b, seed) for n, (a, b) in zip(names, ranges, strict=True)),
             options=options,
             vae_transform=self.transforms.get("vae"),
             vit_transform=self.transforms.get("vit"),
         )
 
-    def _location(self, name: str, path_key: str) -> dict[str, str]:
+    def _source(self, name: str, start: int, end: int | None, shuffle_seed: int | None) -> SourceSpec:
         if name in self.own_locations:
             where, location = f"{self.file}: dataset_info.{self.kind}.{name}", self.own_locations[name]
             base = self.file.resolve().parent
@@ -319,9 +311,20 @@ class _Entry:
             _require_location(location, where)
         else:
             raise self._unknown_dataset(name)
-        if path_key not in location:
-            raise ValueError(f"{where}: the key {path_key!r} is missing, {self.kind} reads it")
-        return _absolute(location, base)
+        source_format = self.dataset_class.source_format
+        keys = FORMATS[source_format].keys
+        path_key = next((key for key in keys if key in location), None)
+        if path_key is None:
+            raise ValueError(f"{where}: the key {keys[0]!r} is missing, {self.kind} reads it")
+        return SourceSpec(
+            dataset=name,
+            location=_absolute(location, base),
+            format=source_format,
+            path_key=path_key,
+            start=start,
+            end=end,
+            shuffle_seed=shuffle_seed,
+        )
 
     def _unknown_dataset(self, name: str) -> ValueError:
         known = [*self.own_locations, *self.locations]
@@ -381,7 +384,7 @@ def _require_locations(own_info: Any, where: str, registry: Iterable[str]) -> No
 
 
 def _require_location(location: Any, where: str) -> None:
-    valid = ["data_dir", *SOURCES, *NOTE_KEYS]
+    valid = [*LOCATION_KEYS, *NOTE_KEYS]
     if not isinstance(location, dict):
         raise ValueError(f"{where}: expected keys such as 'jsonl_path', found {location!r}")
     for key in location:
@@ -390,7 +393,11 @@ def _require_location(location: Any, where: str) -> None:
 
 
 def _absolute(location: Mapping[str, Any], base: Path) -> dict[str, str]:
-    return {key: os.path.normpath(base / str(at)) for key, at in location.items() if key not in NOTE_KEYS}
+    return {
+        key: str(at) if is_remote(str(at)) else os.path.normpath(base / str(at))
+        for key, at in location.items()
+        if key not in NOTE_KEYS
+    }
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

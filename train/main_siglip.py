@@ -29,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset_base import SkipSample
 from data.packing import patchify_pixels
-from data.readers import CocoSource, Record
+from data.sources import CocoSource, Record
 from data.tokens import Tokenizer
 from data.transforms.boxes import read_mask
 from data.transforms.image import ImageTransform

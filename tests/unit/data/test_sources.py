@@ -8,8 +8,16 @@ import tarfile
 import pytest
 from PIL import Image
 
-from data import readers
-from data.readers import CocoSource, ConcatSource, JsonlSource, SelectedSource, SkipSample, TarSource
+from data.sources import (
+    CocoSource,
+    ConcatSource,
+    JsonlSource,
+    SelectedSource,
+    SkipSample,
+    SourceLost,
+    TarSource,
+    index,
+)
 
 
 def png(colour=(200, 10, 10), size=(6, 4)) -> bytes:
@@ -19,6 +27,7 @@ def png(colour=(200, 10, 10), size=(6, 4)) -> bytes:
 
 
 def write_jsonl(path, count=5):
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({"i": i}) + "\n" for i in range(count)))
     return path
 
@@ -73,26 +82,34 @@ def test_a_malformed_line_is_skipped_with_file_and_line(tmp_path, line):
 def test_the_index_is_kept_and_made_again_when_the_file_changes(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl")
     JsonlSource(file)
-    assert (tmp_path / "a.jsonl.index.npz").is_file()
+    assert (tmp_path / "a.jsonl.index.safetensors").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(readers, "_index_lines", lambda path: pytest.fail("the index was built again"))
+        patch.setattr(index, "_build", lambda *_: pytest.fail("the index was built again"))
         assert JsonlSource(file).read(4).data == {"i": 4}
     write_jsonl(file, 7)
     assert len(JsonlSource(file)) == 7
-    (tmp_path / "a.jsonl.index.npz").write_bytes(b"PK broken")
+    (tmp_path / "a.jsonl.index.safetensors").write_bytes(b"PK broken")
     assert len(JsonlSource(file)) == 7
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.index.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.index.safetensors"]
 
 
-def test_a_directory_that_cannot_be_written_only_costs_the_cache(tmp_path, monkeypatch, caplog):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+def test_without_a_place_beside_the_data_the_index_is_in_the_users_cache(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "data" / "a.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writable = index._is_writable
+    monkeypatch.setattr(index, "_is_writable", lambda folder: folder != file.parent and writable(folder))
+    assert len(JsonlSource(file)) == 5
+    assert [p.name for p in file.parent.iterdir()] == ["a.jsonl"]
+    assert len(list((tmp_path / "cache" / "weft").iterdir())) == 1
+    monkeypatch.setattr(index, "_build", lambda *_: pytest.fail("the index was built again"))
+    assert JsonlSource(file).read(4).data == {"i": 4}
 
-    monkeypatch.setattr(readers.np, "savez", refuse)
-    caplog.set_level(logging.INFO)
-    assert len(JsonlSource(write_jsonl(tmp_path / "a.jsonl"))) == 5
-    assert "index is kept in memory only" in caplog.text
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+def test_without_any_place_the_index_is_in_memory_and_travels(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(index, "_is_writable", lambda folder: False)
+    source = JsonlSource(write_jsonl(tmp_path / "a.jsonl"))
+    assert "nowhere to keep the index; every process has its own" in caplog.text
+    assert pickle.loads(pickle.dumps(source)).read(4).data == {"i": 4}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,7 @@ def test_a_missing_file_is_named_with_its_key(tmp_path, source, key):
 
 def test_empty_data_sets_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n")
-    (tmp_path / "a.json").write_text(json.dumps(coco(0)))
+    (tmp_path / "a.json").write_text(json.dumps({**coco(3), "annotations": []}))
     write_tar(tmp_path / "a.tar", 0)
     for source, name in ((JsonlSource, "a.jsonl"), (CocoSource, "a.json"), (TarSource, "a.tar")):
         with pytest.raises(ValueError, match=f"{name}: the data set is empty"):
@@ -152,19 +169,26 @@ def test_bad_shards_are_named(tmp_path):
     write_tar(tmp_path / "s-000.tar", 3)
     with pytest.raises(ValueError, match="s-001.tar: no such file; check 'tar_path'"):
         TarSource(tmp_path / "s-{000..001}.tar")
-    with pytest.raises(ValueError, match="no such shard"):
+    with pytest.raises(ValueError, match="no such file"):
         TarSource(tmp_path / "t-*.tar")
     (tmp_path / "no.tar").write_text("no tar" * 200)
     with pytest.raises(ValueError, match="no.tar: not a readable, uncompressed tar"):
         TarSource(tmp_path / "no.tar")
 
 
-def test_a_shard_cut_short_after_it_was_indexed_is_skipped(tmp_path):
+def test_a_shard_that_changes_after_it_was_indexed_stops_the_run(tmp_path):
     file = write_tar(tmp_path / "s.tar", 3)
     source = TarSource(file)
+    os.utime(file, (1, 1))
+    assert source.read(0).data["txt"] == "t"  # the same bytes under another date
+    again = pickle.loads(pickle.dumps(source))
     os.truncate(file, 3000)
     with pytest.raises(SkipSample, match=r"s.tar: ends before byte"):
         source.read(2)
+    with pytest.raises(
+        SourceLost, match=r"s.tar: changed since it was indexed \(20,480 bytes then, 3,000 now\)"
+    ):
+        again.read(0)
 
 
 def test_coco_gives_one_record_per_annotated_image(tmp_path, caplog):
@@ -191,7 +215,7 @@ def test_coco_tables_must_be_there(tmp_path, key):
 
 def test_broken_coco_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="a.json: not valid JSON"):
+    with pytest.raises(ValueError, match="a.json:1: not valid JSON"):
         CocoSource(tmp_path / "a.json")
 
 

@@ -1,0 +1,186 @@
+"""What a source gives: a `Record`, or the reason why there is none."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What may be opened. Of Pillow's other formats one (EPS) starts a program on what it is given."""
+
+IMAGE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    Warning,  # where warnings are errors
+    zlib.error,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise on broken files."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class SkipSample(Exception):
+    """A record that cannot be used; it is counted and left out.
+
+    Args:
+        reason: short key to count by ("missing_image").
+        message: one line for a person: file, line or member, what is wrong.
+        where: file and line or member, if the record did not even get as far as having a `where` of its own.
+    """
+
+    def __init__(self, reason: str, message: str, where: str = ""):
+        super().__init__(reason, message, where)
+        self.reason = reason
+        self.message = message
+        self.where = where
+
+
+class SourceLost(ValueError):
+    """A file of a source vanished or changed while a run reads it: no fault of a record, so the run has to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a source.
+
+    Attributes:
+        data: the row's fields (JSONL); `{"image", "annotations", "categories"}` (COCO); `{"__key__", "json", "txt", ...}`
+            by member extension, text decoded (tar); the row's columns, where instead of bytes stand the names to fetch
+            them by: `{"image": "image", "captions": "..."}`, `{"image_list": ["image_list/0", "image_list/1"]}` (Parquet);
+            `{"image": "x.jpg", "text", "is_sentence", "shapes"}` as the file has them (ReasonSeg).
+        where: file and line or member, for people.
+        fetch: reads the bytes that a name stands for: a path below the data directory, a member's extension, a cell.
+    """
+
+    data: dict[str, Any]
+    where: str
+    fetch: Callable[[str], bytes]
+
+    def open_image(self, name: str) -> Image.Image:
+        """The decoded picture of a name that `fetch` knows.
+
+        Raises:
+            SkipSample: if it is missing ("missing_image"), lies outside the data directory ("unsafe_path") or does not
+                decode ("bad_image").
+            SourceLost: if the file that holds it vanished.
+        """
+        content = self.read_file(name)
+        try:
+            return decode_image(content)
+        except IMAGE_ERRORS as e:
+            message = (
+                f"{self.where}: image {name!r} is broken or not an image ({brief(e)}); "
+                "replace it or remove the record"
+            )
+            raise SkipSample("bad_image", message) from e
+
+    def read_file(self, name: str, what: str = "image") -> bytes:
+        """The bytes of a name that `fetch` knows; `what` it should be names the error ("missing_image").
+
+        Raises:
+            SkipSample, SourceLost: as `open_image`.
+        """
+        return self._reached(name, what, self.fetch)
+
+    def list_folder(self, name: str, what: str = "video") -> list[str]:
+        """The names of the files in a folder below the data directory, sorted; `fetch` knows them.
+
+        Raises:
+            SkipSample, SourceLost: as `open_image`.
+        """
+        return self._reached(name, what, getattr(self.fetch, "list_folder", _no_folders))
+
+    def _reached(self, name: str, what: str, reach: Callable[[str], Any]) -> Any:
+        try:
+            return reach(name)
+        except SourceLost:
+            raise
+        except SkipSample as e:
+            raise SkipSample(e.reason, f"{self.where}: {e.message}", self.where) from e
+        except (OSError, KeyError, TypeError, ValueError) as e:
+            message = (
+                f"{self.where}: {what} {name!r} cannot be read ({brief(e)}); restore it or remove the record"
+            )
+            raise SkipSample(f"missing_{what}", message) from e
+
+
+def _no_folders(name: str) -> list[str]:
+    raise ValueError("there are no folders in this format")
+
+
+class Source(Protocol):
+    """Records by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Record: ...
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """A whole picture from the bytes of its file.
+
+    Raises:
+        one of `IMAGE_ERRORS`: if it is broken, of a format that is not opened, or larger than `Image.MAX_IMAGE_PIXELS` (a
+            small file may claim any size).
+    """
+    if content.startswith(PNG_SIGNATURE):
+        _require_png_checksums(content)
+    image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width}x{image.height} px are more than the limit of {limit:,} pixels")
+    image.load()
+    return image
+
+
+def _require_png_checksums(content: bytes) -> None:
+    # Pillow does not look at the checksums of pixel data: a flipped bit would become other pixels.
+    view, at = memoryview(content), len(PNG_SIGNATURE)
+    kind = b""
+    while at + 12 <= len(content):
+        length = int.from_bytes(view[at : at + 4], "big")
+        kind, end = bytes(view[at + 4 : at + 8]), at + 8 + length
+        if end + 4 > len(content):
+            raise ValueError("the PNG file is cut short")
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError(f"checksum of PNG chunk {kind!r} at byte {at} does not match")
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise ValueError("the PNG file is cut short")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """JSON from outside.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def brief(error: BaseException) -> str:
+    """An error's kind and text in one line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"  # its own text says "line 1", whatever line of the file it is
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,333 @@
+"""Bytes of files, on a disk or behind a URL that fsspec knows (`s3://...`): ranges, streams, names.
+
+A source's own file that cannot be read is tried again with growing pauses and is `SourceLost` after about a minute; a picture
+that a row names and that is not there is the row's fault and is not waited for.
+"""
+
+import errno
+import glob
+import hashlib
+import io
+import logging
+import os
+import posixpath
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from data.sources.record import SkipSample, SourceLost, brief
+from modeling.optional import require
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+RETRY_AFTER_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Pauses before a source's file is tried again."""
+
+MAX_FILE_BYTES = 1 << 28
+"""A picture's file is not larger than this."""
+
+HEAD_BYTES = 1 << 16
+"""What the hash of a file's head covers."""
+
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+"""Errors of a disk, a network or the machine, not of one name."""
+
+REMOTE_VERSION_KEYS = (
+    "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created", "md5Hash", "content_md5",
+)  # fmt: skip
+"""Where fsspec's file systems say which version of a file it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """Which version of a file was indexed.
+
+    Attributes:
+        path: absolute path, or URL.
+        size: bytes (of a folder: files).
+        modified: modification time, or what a remote store has instead.
+        head: hash of the first `HEAD_BYTES` (of a folder: of the listing).
+    """
+
+    path: str
+    size: int
+    modified: str
+    head: str
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def take_stamp(path: str) -> FileStamp:
+    """The stamp of a file or a local folder as it is now.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if is_remote(path):
+        fs, inner = _remote(path)
+        info = fs.info(inner)
+        version = {key: str(info[key]) for key in REMOTE_VERSION_KEYS if key in info}
+        size = int(info["size"])
+        return FileStamp(path, size, str(version), _hash(fs.cat_file(inner, start=0, end=HEAD_BYTES)))
+    if os.path.isdir(path):
+        files = sorted(
+            (e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if e.is_file()
+        )
+        return FileStamp(path, len(files), "", _hash(repr(files).encode()))
+    with open(path, "rb", buffering=0) as file:
+        about = os.fstat(file.fileno())
+        return FileStamp(path, about.st_size, str(about.st_mtime_ns), _hash(file.read(HEAD_BYTES)))
+
+
+def expand(pattern: str | Path, key: str, suffix: str = "") -> list[str]:
+    """The files that a location names: one, a `{000..009}` range, a glob pattern, or the `suffix` files of a folder.
+
+    Args:
+        pattern: path or URL.
+        key: where it stands, for the message.
+        suffix: of the files that count where the pattern is a folder; "" = a folder is refused.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    pattern = str(pattern)
+    if brace := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        low, high = brace.groups()
+        names = (
+            f"{pattern[: brace.start()]}{n:0{len(low)}d}{pattern[brace.end() :]}"
+            for n in range(int(low), int(high) + 1)
+        )
+        return [_existing(name, key) for name in names]
+    if suffix and _is_folder(pattern):
+        pattern = posixpath.join(pattern if is_remote(pattern) else glob.escape(pattern), f"*{suffix}")
+    if not glob.has_magic(pattern):
+        return [_existing(pattern, key)]
+    if is_remote(pattern):
+        fs, inner = _remote(pattern)
+        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(inner))
+    else:
+        found = sorted(os.path.abspath(name) for name in glob.glob(pattern))
+    if not found:
+        raise ValueError(f"{pattern}: no such file; check '{key}' in dataset_info")
+    return found
+
+
+def _existing(path: str, key: str) -> str:
+    if is_remote(path):
+        fs, inner = _remote(path)
+        try:
+            found = fs.isfile(inner)
+        except Exception as e:  # noqa: BLE001 - every file system raises its own errors
+            raise ValueError(f"{path}: cannot be reached ({brief(e)}); check '{key}' in dataset_info") from e
+    else:
+        found = os.path.isfile(path)
+    if not found:
+        raise ValueError(f"{path}: no such file; check '{key}' in dataset_info")
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def _is_folder(path: str) -> bool:
+    if is_remote(path):
+        fs, inner = _remote(path)
+        return fs.isdir(inner)
+    return os.path.isdir(path)
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    core = require("fsspec.core", package="fsspec", extra="remote", why=f"{url.split('://')[0]}:// data")
+    try:
+        fs, inner = core.url_to_fs(url)
+    except (ImportError, ValueError) as e:
+        raise ValueError(f"{url}: fsspec cannot open it ({brief(e)})") from e
+    return fs, inner
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------- a source's own files
+
+
+@contextmanager
+def open_ranges(path: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+    """`read(offset, size)` of a file while it is indexed, front to back, less only at its end; and the file's size."""
+    with open_stream(path) as file:
+
+        def read(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
+
+        size = file.seek(0, os.SEEK_END)
+        yield read, size
+
+
+def open_stream(path: str) -> IO[bytes]:
+    """A file to read from front to back."""
+    if is_remote(path):
+        fs, inner = _remote(path)
+        return fs.open(inner, "rb", block_size=1 << 22)
+    return open(path, "rb", buffering=1 << 13)
+
+
+class Files:
+    """Ranges of indexed files, without a file position: what is open is used by forked processes, others open their own."""
+
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, file: FileStamp, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on.
+
+        Raises:
+            SkipSample: "truncated", if the file ends before.
+            SourceLost: if it cannot be read, or is not the one that was indexed.
+        """
+        content = patiently(lambda: self._once(file, offset, size), file.path)
+        if len(content) < size:
+            where = f"{file.path}: ends before byte {offset + size}; the file changed or is cut short"
+            raise SkipSample("truncated", where, file.path)
+        return content
+
+    def _once(self, file: FileStamp, offset: int, size: int) -> bytes:
+        if is_remote(file.path):
+            fs, inner = _remote(file.path)
+            return fs.cat_file(inner, start=offset, end=offset + size)
+        if file.path not in self._open:
+            if len(self._open) >= self.LIMIT:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[file.path] = _open_unchanged(file)
+        try:
+            return os.pread(self._open[file.path], size, offset)
+        except OSError:
+            os.close(self._open.pop(file.path))  # a stale handle stays stale
+            raise
+
+
+def _open_unchanged(file: FileStamp) -> int:
+    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    about = os.fstat(descriptor)
+    same = (about.st_size, str(about.st_mtime_ns)) == (file.size, file.modified)
+    if not same and (about.st_size, _hash(os.pread(descriptor, HEAD_BYTES, 0))) != (file.size, file.head):
+        os.close(descriptor)
+        raise SourceLost(
+            f"{file.path}: changed since it was indexed ({file.size:,} bytes then, {about.st_size:,} now); "
+            "restore it, or start the run again to index it anew"
+        )
+    return descriptor
+
+
+def patiently(read: Callable[[], Result], what: str) -> Result:
+    """What `read` returns, tried again after each of `RETRY_AFTER_S` while it fails.
+
+    Raises:
+        SourceLost: if it still fails.
+    """
+    for pause in (*RETRY_AFTER_S, None):
+        try:
+            return read()
+        except (SourceLost, SkipSample):
+            raise
+        except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
+            if pause is None:
+                tries, waited = len(RETRY_AFTER_S) + 1, sum(RETRY_AFTER_S)
+                raise SourceLost(
+                    f"{what}: cannot be read any more, {tries} times within {waited:g} s ({brief(e)}); "
+                    "restore it and start the run again with --auto_resume True"
+                ) from e
+            logger.warning("%s: cannot be read (%s), trying again in %g s", what, brief(e), pause)
+            time.sleep(pause)
+    raise AssertionError("the last pause is None")
+
+
+# ------------------------------------------------------------------------------------------- files that rows name
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFetch:
+    """Files below a folder by the names that rows give them.
+
+    A leading "/" means the folder itself, as in published rows. A name that leaves the folder is refused; links that the folder
+    holds are its owner's business and are followed.
+    """
+
+    root: str
+
+    def __call__(self, name: str) -> bytes:
+        return self._reached(name, _read_whole)
+
+    def list_folder(self, name: str) -> list[str]:
+        """The files of a folder, by names that this fetches."""
+        return sorted(posixpath.join(name, file) for file in self._reached(name, _file_names))
+
+    def _reached(self, name: str, read: Callable[[str], Result]) -> Result:
+        path = posixpath.join(self.root, self._inner(name))
+        try:
+            return read(path)
+        except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
+            if not self._is_away(e):
+                raise
+        return patiently(lambda: read(path), path)
+
+    def _inner(self, name: str) -> str:
+        if not isinstance(name, str):
+            raise TypeError(f"a path is a text, not {type(name).__name__}")
+        inner = posixpath.normpath(name.lstrip("/"))
+        if inner == ".." or inner.startswith("../"):
+            message = f"{name!r} leads out of {self.root}; paths are relative to 'data_dir' and stay below it"
+            raise SkipSample("unsafe_path", message)
+        return inner
+
+    def _is_away(self, error: Exception) -> bool:
+        """Whether it is not this one name that fails but the disk, the folder or the network."""
+        if is_remote(self.root):
+            return not isinstance(error, (FileNotFoundError, ValueError))
+        if isinstance(error, FileNotFoundError):
+            return not os.path.isdir(self.root)
+        return isinstance(error, OSError) and error.errno in PASSING
+
+
+def _file_names(folder: str) -> list[str]:
+    if is_remote(folder):
+        fs, inner = _remote(folder)
+        return [posixpath.basename(e["name"]) for e in fs.ls(inner, detail=True) if e["type"] == "file"]
+    return [entry.name for entry in os.scandir(folder) if entry.is_file()]
+
+
+def _read_whole(path: str) -> bytes:
+    if is_remote(path):
+        fs, inner = _remote(path)
+        size = fs.size(inner)
+        if size is not None and size > MAX_FILE_BYTES:
+            raise ValueError(f"{size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
+        return fs.cat_file(inner)
+    # A name may stand for a pipe, whose opening and reading would wait for ever, or for a device without end.
+    with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a regular file")
+        if about.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{about.st_size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
+        return file.readall()
