@@ -4,9 +4,12 @@
       type: vlm_sft                       # row of DATASET_REGISTRY
       dataset_names: [digits_vqa]         # or {part: [names]}: each part is a group `vqa_part` of its own
       weight: 1.0                         # or {part: weight}
-      num_used_data: [0]                  # a count per name (0 = all) or {name: [start, end]}; or {part: ...}
+      num_used_data: [0]                  # a count per name (0 = all) or {name: [start, end]}; or {part: ...}; Parquet: of files
       is_mandatory: false                 # true: one sample in every pack
+      when_exhausted: repeat              # after its last record: repeat, drop (others go on) or stop (the run ends)
+      epochs: 1                           # with drop and stop: how often its records are read
       vit_image_transform_args: {image_stride: 14, max_image_size: 980, min_image_size: 378}
+      upstream_compat: false              # true: what the published code does, where that is odd
       max_turns: 4                        # every other key is an argument of the dataset class
     dataset_info:                         # where the data is, shaped as DATASET_INFO in data/dataset_info.py
       vlm_sft:
@@ -22,12 +25,13 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from data.dataset_base import TaskDataset
 from data.sources import FORMATS, LOCATION_KEYS, ConcatSource, SelectedSource, Source
+from data.sources.indexed import IndexedSource
 from data.sources.storage import is_remote
 from data.tokens import Tokenizer
 from data.transforms import build_transform
@@ -39,8 +43,12 @@ NOTE_KEYS = ("num_files", "num_total_samples")
 
 GROUP_KEYS = (
     "type", "dataset_names", "weight", "num_used_data", "is_mandatory", "image_transform_args",
-    "vit_image_transform_args", "shuffle_lines", "shuffle_seed", "resume_data_status",
+    "vit_image_transform_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "upstream_compat", "when_exhausted",
+    "epochs",
 )  # fmt: skip
+
+WhenExhausted = Literal["repeat", "drop", "stop"]
+"""What follows a group's last record: its first in another order, the other groups alone, or nothing at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +60,7 @@ class SourceSpec:
         location: `data_dir` and the other keys of a data location, as absolute paths or URLs.
         format: how it is read, a row of `FORMATS`.
         path_key: which key of the location names the data.
-        start: first record.
+        start: first record (of a format that counts files: first file).
         end: one past the last; None = all.
         shuffle_seed: the records are shuffled with this before the cut.
     """
@@ -75,6 +83,8 @@ class GroupSpec:
         dataset_class: makes the samples.
         weight: share of the draws, relative to the other groups.
         is_mandatory: one sample of it goes into every pack.
+        epochs: how often its records are read; None: without end.
+        when_exhausted: what then.
         sources: read one after the other as one list of records.
         options: further arguments of the dataset class.
         vae_transform, vit_transform: arguments of the transforms.
@@ -88,6 +98,8 @@ class GroupSpec:
     options: Mapping[str, Any]
     vae_transform: Mapping[str, Any] | None = None
     vit_transform: Mapping[str, Any] | None = None
+    epochs: int | None = None
+    when_exhausted: WhenExhausted = "repeat"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +111,8 @@ class Group:
     is_mandatory: bool
     dataset: TaskDataset
     source: Source
+    epochs: int | None = None
+    when_exhausted: WhenExhausted = "repeat"
 
 
 def load_mixture(
@@ -170,12 +184,20 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | P
         raise ValueError(f"group {spec.name!r}: {e}") from e
     source = sources[0] if len(sources) == 1 else ConcatSource(sources)
     return Group(
-        name=spec.name, weight=spec.weight, is_mandatory=spec.is_mandatory, dataset=dataset, source=source
+        name=spec.name,
+        weight=spec.weight,
+        is_mandatory=spec.is_mandatory,
+        dataset=dataset,
+        source=source,
+        epochs=spec.epochs,
+        when_exhausted=spec.when_exhausted,
     )
 
 
 def _open_source(spec: SourceSpec, index_cache_dir: str | Path | None) -> Source:
     source = FORMATS[spec.format].open(spec.location, index_cache_dir)
+    if FORMATS[spec.format].counts_files:
+        return _chosen_files(spec, source)
     end = len(source) if spec.end is None else spec.end
     if end > len(source):
         logger.warning("%s: records up to %d are asked for, there are %d", spec.dataset, end, len(source))
@@ -185,6 +207,26 @@ def _open_source(spec: SourceSpec, index_cache_dir: str | Path | None) -> Source
         return SelectedSource(source, spec.start, end, spec.shuffle_seed)
     except ValueError as e:
         raise ValueError(f"{spec.dataset}: {e}; change 'num_used_data'") from e
+
+
+def _chosen_files(spec: SourceSpec, source: Source) -> Source:
+    """The records of some of a source's files; after the last file comes the first again, as published."""
+    assert isinstance(source, IndexedSource)
+    edges = [0, *source.index.ends]
+    count = len(edges) - 1
+    end = count if spec.end is None else spec.end
+    if spec.start >= count:
+        raise ValueError(
+            f"{spec.dataset}: file {spec.start} was asked for, there are {count}; change 'num_used_data'"
+        )
+    if end > count:
+        logger.warning(
+            "%s: %d files are asked for, there are %d: some are read more often", spec.dataset, end, count
+        )
+    if (spec.start, end) == (0, count):
+        return source
+    parts = [edges[i % count : i % count + 2] for i in range(spec.start, end)]
+    return ConcatSource([SelectedSource(source, first, last) for first, last in parts if last > first])
 
 
 # ----------------------------------------------------------------------------------------------- one YAML key
@@ -229,8 +271,16 @@ class _Entry:
             raise ValueError(
                 f"{self.where}: the key {missing[0]!r} is missing; {self.kind} needs it, add it here"
             )
-        if "resume_data_status" in self.entry:
-            logger.info("%s.resume_data_status: has no effect, the data state is always resumed", self.where)
+        for key in ("is_mandatory", "shuffle_lines", "upstream_compat", "resume_data_status"):
+            if not isinstance(value := self.entry.get(key, True), bool):
+                raise ValueError(f"{self.where}.{key}: expected true or false, found {value!r}")
+        seed = self.entry.get("shuffle_seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"{self.where}.shuffle_seed: expected a whole number, found {seed!r}")
+        if self.entry.get("resume_data_status") is False:
+            logger.warning(
+                "%s.resume_data_status: false has no effect, the data state is always resumed", self.where
+            )
 
     def _transforms(self) -> dict[str, Mapping[str, Any]]:
         role_of = {
@@ -245,6 +295,14 @@ class _Entry:
             if not isinstance(block, dict):
                 raise ValueError(f"{self.where}.{key}: expected keys such as 'image_stride', found {block!r}")
             given[role] = block
+            if role not in self.dataset_class.needs:
+                logger.info(
+                    "%s.%s: not used, %s needs no pictures for the %s",
+                    self.where,
+                    key,
+                    self.kind,
+                    role.upper(),
+                )
         for role in self.dataset_class.needs:
             if role not in given:
                 key = next(k for k, r in role_of.items() if r == role)
@@ -284,22 +342,56 @@ class _Entry:
     def _spec(self, group: str, names: list[str], weight: Any, used: Any) -> GroupSpec:
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
             raise ValueError(f"{self.where}.weight: expected a number from 0, found {weight!r}")
-        is_mandatory = self.entry.get("is_mandatory", False)
-        if not isinstance(is_mandatory, bool):
-            raise ValueError(f"{self.where}.is_mandatory: expected true or false, found {is_mandatory!r}")
-        ranges = used_ranges(used, names, f"{self.where}.num_used_data")
+        when_exhausted, epochs = self._end()
+        as_published = self.entry.get("upstream_compat", False)
+        files = FORMATS[self.dataset_class.source_format].counts_files
+        ranges = used_ranges(
+            used,
+            names,
+            f"{self.where}.num_used_data",
+            unit="files" if files else "records",
+            as_published=as_published,
+        )
+        if left_out := names[len(ranges) :]:
+            logger.warning(
+                "%s.num_used_data: has no number for %s; not used", self.where, ", ".join(left_out)
+            )
+        if files and self.entry.get("shuffle_lines") and any(r != (0, None) for r in ranges):
+            raise ValueError(
+                f"{self.where}.shuffle_lines: num_used_data counts files here, which are not shuffled; leave one of them out"
+            )
         seed = self.entry.get("shuffle_seed", 0) if self.entry.get("shuffle_lines", False) else None
         options = {k: v for k, v in self.entry.items() if k not in GROUP_KEYS}
+        if as_published and "upstream_compat" in self.dataset_class.options():
+            options["upstream_compat"] = True
         return GroupSpec(
             name=group,
             dataset_class=self.dataset_class,
             weight=float(weight),
-            is_mandatory=is_mandatory,
-            sources=tuple(self._source(n, a, b, seed) for n, (a, b) in zip(names, ranges, strict=True)),
+            is_mandatory=self.entry.get("is_mandatory", False),
+            sources=tuple(self._source(n, a, b, seed) for n, (a, b) in zip(names, ranges, strict=False)),
             options=options,
             vae_transform=self.transforms.get("vae"),
             vit_transform=self.transforms.get("vit"),
+            epochs=epochs,
+            when_exhausted=when_exhausted,
         )
+
+    def _end(self) -> tuple[WhenExhausted, int | None]:
+        """What follows the last record, and after how many epochs."""
+        policy, epochs = self.entry.get("when_exhausted", "repeat"), self.entry.get("epochs")
+        if policy not in get_args(WhenExhausted):
+            valid = ", ".join(get_args(WhenExhausted))
+            raise ValueError(f"{self.where}.when_exhausted: expected one of {valid}, found {policy!r}")
+        if epochs is None:
+            return policy, None if policy == "repeat" else 1
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(f"{self.where}.epochs: expected a whole number from 1, found {epochs!r}")
+        if policy == "repeat":
+            raise ValueError(
+                f"{self.where}.epochs: a group that repeats has no last epoch; add when_exhausted: drop (or stop), or leave it out"
+            )
+        return policy, epochs
 
     def _source(self, name: str, start: int, end: int | None, shuffle_seed: int | None) -> SourceSpec:
         if name in self.own_locations:
@@ -334,8 +426,17 @@ class _Entry:
         )
 
 
-def used_ranges(used: Any, names: Sequence[str], where: str) -> list[tuple[int, int | None]]:
+def used_ranges(
+    used: Any, names: Sequence[str], where: str, *, unit: str = "records", as_published: bool = False
+) -> list[tuple[int, int | None]]:
     """`num_used_data` as one `(start, end)` per name; end None = all.
+
+    Args:
+        used: the YAML's value.
+        names: of the data sets.
+        where: names the key in messages.
+        unit: what is counted, for the log.
+        as_published: a list is counts whatever its length: names beyond it have no range, numbers beyond the names do not matter.
 
     Raises:
         ValueError: if it is none of the published forms.
@@ -346,17 +447,18 @@ def used_ranges(used: Any, names: Sequence[str], where: str) -> list[tuple[int, 
         for given in used:
             if given not in names:
                 raise ValueError(f"{where}: no such data set {given!r}{_nearest(given, names)}")
+        logger.info("%s: %s is read as the %s of each data set, [start, end] or how many", where, used, unit)
         return [_range(used.get(n, 0), f"{where}.{n}") for n in names]
-    if isinstance(used, list) and len(used) == 2 and len(names) == 1:
-        logger.info("%s: %s of one data set is read as a range, start and end", where, used)
+    if isinstance(used, list) and len(used) == 2 and len(names) == 1 and not as_published:
+        logger.info("%s: %s of one data set is read as a range of %s, start and end", where, used, unit)
         return [_range(used, where)]
     counts = [used] * len(names) if isinstance(used, int) else used
-    if not isinstance(counts, list) or len(counts) != len(names):
+    if not isinstance(counts, list) or (len(counts) != len(names) and not as_published):
         raise ValueError(
             f"{where}: {used!r} fits none of: a number; one per name ({len(names)}); {{name: [start, end]}}"
         )
-    logger.info("%s: %s is read as how many records of each data set, 0 = all", where, used)
-    return [_range(count, where) for count in counts]
+    logger.info("%s: %s is read as how many %s of each data set, 0 = all", where, used, unit)
+    return [_range(count, where) for count in counts[: len(names)]]
 
 
 def _range(value: Any, where: str) -> tuple[int, int | None]:

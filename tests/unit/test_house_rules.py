@@ -34,7 +34,7 @@ CORE = {
 
 OPTIONAL = (
     "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
-    "matplotlib", "wandb", "pycocotools", "pyarrow",
+    "matplotlib", "wandb", "pycocotools", "pyarrow", "av",
 )  # fmt: skip
 
 WRITTEN = (
