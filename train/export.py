@@ -7,7 +7,6 @@ one layer of the tower more than there is, and `bagel_config.json` says so. The 
 
 import functools
 import json
-import os
 import shutil
 import subprocess
 import tomllib
@@ -38,7 +37,7 @@ from modeling.source import ModelSource
 from modeling.tensor_file import Entry, FilePlan, Written, plan_files, write_files
 from train.distributed.collectives import on_main, rank, world_size
 from train.distributed.sharding import full_tensor
-from train.files import describe_file, sync_directory
+from train.files import describe_file, put_in_place, sync_directory
 from train.state import TrainState
 
 FORMAT = "weft-model/1"
@@ -67,8 +66,13 @@ class ModelDirectory:
     plans: Mapping[str, Sequence[FilePlan]]
 
     @property
+    def place(self) -> Path:
+        """The directory itself: a link to it stays a link."""
+        return self.target.resolve()
+
+    @property
     def draft(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.weft_draft")
+        return self.place.with_name(f"{self.place.name}.weft_draft")
 
 
 def export_model(state: TrainState, source: ModelSource, target: Path, run: str) -> None:
@@ -184,7 +188,7 @@ def code_version() -> dict[str, str]:
 
 def _begin(job: ModelDirectory) -> None:
     """Check everything that can be known beforehand, and write the small files."""
-    require_replaceable(job.target)
+    require_replaceable(job.place)
     try:
         shutil.rmtree(job.draft, ignore_errors=True)  # of an export that was killed
         job.draft.mkdir(parents=True)
@@ -276,17 +280,12 @@ def _complete(job: ModelDirectory, written: Mapping[str, Written]) -> None:
         "beyond_published": beyond_published(job.source.config),
         "files": {name: known.get(name) or describe_file(job.draft / name) for name in names},
     }
-    old = job.target.with_name(f"{job.target.name}.weft_old")
     try:
         _write(job.draft / MANIFEST, manifest)
         sync_directory(job.draft)
-        shutil.rmtree(old, ignore_errors=True)
-        if job.target.exists():
-            os.rename(job.target, old)
-        os.rename(job.draft, job.target)
-        sync_directory(job.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(job.draft, job.place)
     except OSError as error:
+        shutil.rmtree(job.draft, ignore_errors=True)
         raise _cannot(job, error) from error
 
 

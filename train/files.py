@@ -38,6 +38,22 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(draft: Path, target: Path) -> None:
+    """Rename a complete directory to its place; what stood there goes, and comes back if that fails."""
+    old = target.with_name(f"{target.name}.weft_old")  # a name that is nobody else's
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def discard(path: Path) -> None:
     """Delete a directory. It is renamed first: killed in the middle, what is left must not look whole."""
     old = path.with_name(path.name + ".old")

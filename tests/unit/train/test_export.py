@@ -1,6 +1,7 @@
 """Exports: what a step holds is what comes out, whole or not at all; a model directory exported again is the same bytes."""
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -339,6 +340,29 @@ def test_what_cannot_be_written_leaves_nothing_behind(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_what_stood_there_comes_back_if_it_cannot_be_replaced(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    main([str(run.step), str(out)])
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name.endswith("draft"):
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        assert "cannot be written (Permission denied)" in fails(capsys, run.step, out, "--dtype", "bf16")
+    assert load_file(out / "ema.safetensors")["llm2vae.weight"].dtype == torch.float32
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(out)
+    main([str(run.step), str(tmp_path / "link"), "--dtype", "bf16"])
+    assert load_file(out / "ema.safetensors")["llm2vae.weight"].dtype == torch.bfloat16
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "out"]
 
 
 def test_an_export_that_was_killed_is_cleared_away(run: Run, tmp_path: Path) -> None:
