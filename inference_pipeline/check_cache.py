@@ -9,6 +9,7 @@ Out: a line per kind of prediction with the largest difference; exit code 1 if o
 """
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ Prediction = tuple[str, Tensor]
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; returns the exit code."""
     args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was loaded, part by part
     try:
         model = Inferencer.from_model_dir(args.model_path, args.weights, args.device)
         samples = read_samples(args, model)

@@ -13,6 +13,7 @@ Started again after a kill it goes on where it stopped. On several processes, ea
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ Settings = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, or merge what several processes evaluated; 1 and one clear line if the input cannot be used."""
     args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was loaded, part by part
     try:
         questions = read_questions(args.data_dir, args.split, tuple(args.tasks.split(",")), args.num_samples)
         args.output_dir.mkdir(parents=True, exist_ok=True)
