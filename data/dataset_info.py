@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from data.dataset_base import TaskDataset
 from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
 from data.interleave_datasets.steps import StepsDataset
-from data.perception_dataset import ReferDataset
+from data.perception_dataset import ReasonSegDataset, ReferDataset, ReferRowDataset
 from data.t2i_dataset import ParquetT2iDataset, T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
 from data.vlm_dataset import ReconstructionDataset, ReconstructionVer2Dataset, VlmDataset, VlmVer1Dataset
@@ -30,6 +30,8 @@ DATASET_REGISTRY: dict[str, type[TaskDataset]] = {
     "t2i_webdataset": T2iDataset,
     "edit_jsonl": EditDataset,
     "refer_coco": ReferDataset,
+    "refer_jsonl": ReferRowDataset,
+    "reasonseg": ReasonSegDataset,
 }
 
 DATASET_INFO: Mapping[str, Mapping[str, Mapping[str, str]]] = {

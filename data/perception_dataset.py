@@ -1,17 +1,37 @@
 """Boxes and masks of named things: COCO JSON -> Samples whose answers are `<BOX>` and `<SEG>`."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from data.conversation import IMAGE, Target, Turn, build_sample, image_segment
 from data.dataset_base import Record, SkipSample, TaskDataset
-from data.rows import PhotoRow, ThingRow, read_row
+from data.rows import PhotoRow, ReasonRow, ReferRow, ThingRow, read_row
 from data.tokens import ANCHORS
-from data.transforms.boxes import normalised_box, read_mask, resized_mask
+from data.transforms.boxes import normalised_box, paint_shapes, read_mask, resized_mask
 from data.types import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thing:
+    """Something in a picture that may be asked for.
+
+    Attributes:
+        what: names it in messages.
+        names: wordings of it.
+        box: `xyxy` in pixels of the original picture; None: there is none.
+        mask: `(size, what) -> hh ww` of the original picture, as `read_mask`; None: there is none.
+        is_question: the names are questions themselves.
+    """
+
+    what: str
+    names: Sequence[str]
+    box: tuple[float, float, float, float] | None = None
+    mask: Callable[[tuple[int, int], str], np.ndarray] | None = None
+    is_question: bool = False
 
 
 class ReferDataset(TaskDataset):
@@ -63,52 +83,122 @@ class ReferDataset(TaskDataset):
                 )
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
-        photo = read_row(PhotoRow, record.data["image"], "image")
-        picture = self.open_image(record, photo.file)
+        file, things = self.read(record)
+        if not things:
+            raise SkipSample("no_target", "nothing in the picture has a name to ask for")
+        picture = self.open_image(record, file)
         und = image_segment("und_image", picture, self.vit_transform)
         hw = (und.pixels.shape[1], und.pixels.shape[2])
-        # Every annotation is read, asked for or not: whether a record is rejected must not hang on the draw.
-        things = [
-            (thing.names, target)
-            for annotation in record.data["annotations"]
-            for what in [f"annotation {annotation.get('id')}"]
-            for thing in [_read_thing(annotation, record.data["categories"], what)]
-            for target in self._read_targets(thing, picture.size, hw, what)
-        ]
-        if not things:
-            raise SkipSample("no_target", "the image has no annotations")
-        chosen = [things[i] for i in rng.permutation(len(things))[: self.max_turns or None]]
-        turns = [turn for names, target in chosen for turn in self._ask(names, target, rng)]
+        # Every thing is read, asked for or not: whether a record is rejected must not hang on the draw.
+        asked = [(thing, target) for thing in things for target in self._targets(thing, picture.size, hw)]
+        chosen = [asked[i] for i in rng.permutation(len(asked))[: self.max_turns or None]]
+        turns = [turn for thing, target in chosen for turn in self._ask(thing, target, rng)]
         turns[0] = replace(turns[0], text=IMAGE + turns[0].text)
         return build_sample(
             turns, self.tokenizer, images=[(und,)], independent=self.independent_turns, task="refer"
         )
 
-    def _read_targets(
-        self, thing: ThingRow, size: tuple[int, int], hw: tuple[int, int], what: str
-    ) -> Iterator[Target]:
-        if self.templates["box"]:
-            if thing.box is None:
+    def read(self, record: Record) -> tuple[str, Sequence[Thing]]:
+        """The picture's name and the things in it.
+
+        Raises:
+            SkipSample: if the record does not fit its table, or lacks what the templates ask for.
+        """
+        things = []
+        for annotation in record.data["annotations"]:
+            what = f"annotation {annotation.get('id')}"
+            row = read_row(ThingRow, annotation, what)
+            if row.category not in record.data["categories"]:
+                known = ", ".join(str(c) for c in list(record.data["categories"])[:20])
+                raise SkipSample(
+                    "unknown_category", f"{what}: category_id {row.category!r} is not one of {known}"
+                )
+            if self.templates["box"] and row.box is None:
                 raise SkipSample(
                     "bad_box", f"{what}: it has no `bbox`; give it one, or set box_templates: []"
                 )
-            x, y, width, height = thing.box
-            yield Target(head="box", box=normalised_box((x, y, x + width, y + height), size, what))
-        if self.templates["mask"]:
-            mask = read_mask(thing.mask, size, what)
-            yield Target(head="mask", mask=resized_mask(mask, hw, what))
+            if self.templates["mask"] and row.mask is None:
+                raise SkipSample(
+                    "bad_mask", f"{what}: it has no `segmentation`; give it one, or set mask_templates: []"
+                )
+            things.append(
+                Thing(
+                    what=what,
+                    names=row.names,
+                    box=None if row.box is None else _corners(row.box),
+                    mask=None if row.mask is None else partial(read_mask, row.mask),
+                )
+            )
+        return read_row(PhotoRow, record.data["image"], "image").file, things
 
-    def _ask(self, expressions: Sequence[str], target: Target, rng: np.random.Generator) -> tuple[Turn, Turn]:
-        templates = self.templates[target.head]
+    def _targets(self, thing: Thing, size: tuple[int, int], hw: tuple[int, int]) -> Iterator[Target]:
+        if self.templates["box"] and thing.box is not None:
+            yield Target(head="box", box=normalised_box(thing.box, size, thing.what))
+        if self.templates["mask"] and thing.mask is not None:
+            yield Target(head="mask", mask=resized_mask(thing.mask(size, thing.what), hw, thing.what))
+
+    def _ask(self, thing: Thing, target: Target, rng: np.random.Generator) -> tuple[Turn, Turn]:
+        templates = ("{ref}",) if thing.is_question else self.templates[target.head]
         template = templates[int(rng.integers(len(templates)))]
-        name = expressions[int(rng.integers(len(expressions)))]
+        name = thing.names[int(rng.integers(len(thing.names)))]
         question = Turn(role="human", text=template.replace("{ref}", name))
         return question, Turn(role="gpt", text=ANCHORS[target.head], targets=(replace(target, name=name),))
 
 
-def _read_thing(annotation: Mapping[str, Any], categories: Mapping[Any, Any], what: str) -> ThingRow:
-    thing = read_row(ThingRow, annotation, what)
-    if thing.category not in categories:
-        known = ", ".join(str(c) for c in list(categories)[:20])
-        raise SkipSample("unknown_category", f"{what}: category_id {thing.category!r} is not one of {known}")
-    return thing
+class ReferRowDataset(ReferDataset):
+    """One named thing per row of JSONL, as in RefCOCO's and PerceptionGPT's files.
+
+    Row (`ReferRow`): `{"img_path": "a.jpg", "expression": "the red 7", "bbox": [x1, y1, x2, y2], "mask": RLE or polygons}`; an
+    expression may be a list of wordings, `segmentation` means `mask`. What a row lacks of box and mask is not asked for.
+
+    Plan and arguments: those of `ReferDataset`, and
+
+    Args:
+        bbox_format: `xyxy` (corners), or `xywh` (corner and size), in which files of referring segmentation have it.
+    """
+
+    source_format: ClassVar[str] = "jsonl"
+    row = ReferRow
+
+    def __init__(self, *, bbox_format: str = "xyxy", **base: Any) -> None:
+        super().__init__(**base)
+        if bbox_format not in ("xyxy", "xywh"):
+            raise ValueError(f"bbox_format must be xyxy or xywh, not {bbox_format!r}")
+        self.bbox_format = bbox_format
+
+    def read(self, record: Record) -> tuple[str, Sequence[Thing]]:
+        row = read_row(ReferRow, record.data)
+        box = row.box if row.box is None or self.bbox_format == "xyxy" else _corners(row.box)
+        mask = None if row.mask is None else partial(read_mask, row.mask)
+        if not (self.templates["box"] and box) and not (self.templates["mask"] and mask):
+            raise SkipSample("no_target", "the row has neither a box nor a mask that the templates ask for")
+        return row.file, [Thing(what=repr(row.names[0]), names=row.names, box=box, mask=mask)]
+
+
+class ReasonSegDataset(ReferDataset):
+    """Segmentation of what a sentence hints at: a ReasonSeg folder.
+
+    Record (`ReasonRow`): `{"image": "x.jpg", "text": ["What cuts bread?"], "is_sentence": true, "shapes": [{"label": "target",
+    "points": [[x, y], …]}]}`. A sentence is asked as it stands, a phrase in one of the `mask_templates`. Shapes are painted from
+    the largest to the smallest: "target" in, "ignore" out; those labelled "flag" are left out.
+
+    Plan and arguments: those of `ReferDataset`, without boxes.
+    """
+
+    source_format: ClassVar[str] = "reasonseg"
+    row = ReasonRow
+
+    def __init__(self, *, box_templates: Sequence[str] = (), **base: Any) -> None:
+        super().__init__(box_templates=box_templates, **base)
+        if box_templates:
+            raise ValueError("box_templates: ReasonSeg has masks only; leave it out")
+
+    def read(self, record: Record) -> tuple[str, Sequence[Thing]]:
+        row = read_row(ReasonRow, record.data)
+        mask = partial(paint_shapes, row.shapes)
+        return row.file, [Thing(what="shapes", names=row.texts, mask=mask, is_question=row.is_sentence)]
+
+
+def _corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    x, y, width, height = xywh
+    return x, y, x + width, y + height

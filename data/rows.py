@@ -129,6 +129,30 @@ def as_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def as_name_or_names(value: Any) -> tuple[str, ...]:
+    """One text, or several wordings of it."""
+    return as_names([value] if isinstance(value, str) else value)
+
+
+def as_flag(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"is {_shown(value)}")
+    return value
+
+
+def as_shapes(value: Any) -> tuple[tuple[str, list[Any]], ...]:
+    """Label and corners of polygons."""
+    shapes = []
+    for i, shape in enumerate(_as_list(value)):
+        fields = shape if isinstance(shape, dict) else {}
+        label, points = fields.get("label"), fields.get("points")
+        if not isinstance(label, str) or not isinstance(points, list):
+            raise ValueError(f"has as shape {i} {_shown(shape)}")
+        shapes.append((label, points))
+    return tuple(shapes)
+
+
 def as_steps(value: Any) -> tuple[tuple[str, ...], ...]:
     """Per step the wordings of its instruction; one wording may stand alone."""
     steps = tuple(as_names([step] if isinstance(step, str) else step) for step in _as_list(value))
@@ -285,3 +309,39 @@ class ThingRow:
         "bbox", read=as_box, form="four numbers x, y, width, height", reason="bad_box", default=None
     )
     mask: Any = column("segmentation", read=as_it_is, form="RLE or polygons", reason="bad_mask", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferRow:
+    """A named thing in a picture: a row of a RefCOCO-like file."""
+
+    file: str = column("img_path", "image", read=as_file, form="a path", reason="bad_image_list")
+    names: tuple[str, ...] = column(
+        "expression",
+        "expressions",
+        read=as_name_or_names,
+        form="a text, or a list of wordings",
+        reason="no_expression",
+    )
+    box: tuple[float, float, float, float] | None = column(
+        "bbox", read=as_box, form="four numbers", reason="bad_box", default=None
+    )
+    mask: Any = column(
+        "mask", "segmentation", read=as_it_is, form="RLE or polygons", reason="bad_mask", default=None
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonRow:
+    """A picture of a ReasonSeg folder."""
+
+    file: str = column("image", read=as_file, form="a path", reason="bad_image_list")
+    texts: tuple[str, ...] = column(
+        "text", read=as_name_or_names, form="a text, or a list of wordings", reason="no_expression"
+    )
+    is_sentence: bool = column(
+        "is_sentence", read=as_flag, form="true or false", reason="no_expression", default=True
+    )
+    shapes: tuple[tuple[str, list[Any]], ...] = column(
+        "shapes", read=as_shapes, form='a list of {"label": text, "points": [[x, y], …]}', reason="bad_mask"
+    )

@@ -72,6 +72,42 @@ def read_mask(segmentation: Any, size: tuple[int, int], what: str) -> np.ndarray
     return mask
 
 
+def paint_shapes(shapes: Sequence[tuple[str, Sequence[Any]]], size: tuple[int, int], what: str) -> np.ndarray:
+    """`hh ww` uint8 0/1 of labelled polygons, painted from the largest to the smallest, so that small ones stay visible.
+
+    Args:
+        shapes: label and corners; "ignore" in the label paints 0, "flag" nothing, everything else 1.
+        size: width and height of the picture.
+        what: names the shapes in the message.
+
+    Raises:
+        SkipSample: `bad_mask` or `empty_mask`.
+
+    Source: ReasonSeg's rendering as LISA 3cb2d43 does it; PIL's edges differ from OpenCV's by up to a pixel.
+    """
+    layers = []
+    for label, points in shapes:
+        if label.lower() == "flag":
+            continue
+        try:
+            corners = [(int(x), int(y)) for x, y in points]
+        except (TypeError, ValueError, OverflowError):
+            raise SkipSample(
+                "bad_mask", f"{what}: corners are pairs of numbers, not {points!s:.60}"
+            ) from None
+        if len(corners) < 3:
+            raise SkipSample("bad_mask", f"{what}: a shape has {len(corners)} corners, at least 3 are needed")
+        canvas = Image.new("L", size, 0)
+        ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
+        layers.append((np.array(canvas, dtype=bool), "ignore" not in label.lower()))
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    for layer, value in reversed(sorted(layers, key=lambda entry: entry[0].sum())):
+        mask[layer] = value
+    if not mask.any():
+        raise SkipSample("empty_mask", f"{what}: nothing of the picture is inside; correct or remove them")
+    return mask
+
+
 def resized_mask(mask: np.ndarray, hw: tuple[int, int], what: str) -> Tensor:
     """`hh ww` uint8 0/1 at the transformed picture's size, nearest neighbour.
 

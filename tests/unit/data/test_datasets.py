@@ -22,7 +22,8 @@ from data.interleave_datasets.steps import StepsDataset
 from data.layout import LayoutSpec
 from data.mixture import load_mixture
 from data.packing import pack
-from data.perception_dataset import ReferDataset
+from data.perception_dataset import ReasonSegDataset, ReferDataset, ReferRowDataset
+from data.sources import FORMATS
 from data.t2i_dataset import ParquetT2iDataset, T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
 from data.tokens import Tokenizer
@@ -107,6 +108,14 @@ def coco(*annotations: dict, file_name: str = "a.png") -> dict:
 
 
 REFER = coco(annotation(), annotation(id=6, bbox=[0, 0, 32, 64], expressions=["the blue 7", "the big 7"]))
+THING = {"img_path": "a.png", "expression": "the red 7", "bbox": [16, 8, 48, 40]}
+SQUARE = [[0, 0], [31, 0], [31, 31], [0, 31]]
+REASON = {
+    "image": "a.png",
+    "text": ["What counts here?"],
+    "is_sentence": True,
+    "shapes": [{"label": "target", "points": SQUARE}],
+}
 ROWS = {
     VlmDataset: VQA,
     VlmVer1Dataset: VQA,
@@ -120,6 +129,8 @@ ROWS = {
     T2iDataset: T2I,
     T2iMessageDataset: DRAW,
     ReferDataset: REFER,
+    ReferRowDataset: THING,
+    ReasonSegDataset: REASON,
 }
 
 
@@ -129,7 +140,22 @@ ROWS = {
         (VlmDataset, {}, ["und_image:1", "q0", "*a0", "q1", "*a1"]),
         (VlmVer1Dataset, {}, ["?und_image:1", "q0", "*a0", "q1", "*a1"]),
         (VlmVer1Dataset, {"drop_image": False}, ["und_image:1", "q0", "*a0", "q1", "*a1"]),
+        (
+            ReconstructionDataset,
+            {"request": "Again."},
+            ["und_image:1", "q0", "*a0", "q1 Again.", "*a1", "gen_image:1"],
+        ),
+        (
+            ReconstructionVer2Dataset,
+            {"request": "Again."},
+            ["cond_image:1", "und_image:1", "q0", "*a0", "q1 Again.", "*a1", "gen_image:1"],
+        ),
         (EditDataset, {}, ["cond_image:1", "und_image:1", "Paint it.", "*Done.", "gen_image:2"]),
+        (CounterfactualDataset, {}, ["cond_image:1", "und_image:1", "Paint it.", "gen_image:2", "*Done."]),
+        (StepsDataset, {}, ["?cond_image:10", "?und_image:10", "?Make it red.", "gen_image:11"]),
+        (ParquetT2iDataset, {}, ["?a red 7", "gen_image:1"]),
+        (ReferRowDataset, {}, ["und_image:1", "Where is the red 7?", "*<BOX>"]),
+        (ReasonSegDataset, {}, ["und_image:1", "What counts here?", "*<SEG>"]),
         (
             EditDataset,
             {"drop_condition": True},
@@ -155,7 +181,7 @@ def test_plans(tokenizer, dataset_class, options, expected):
 @pytest.mark.parametrize("name", DATASET_REGISTRY)
 def test_every_class_is_a_pure_function_that_says_what_it_reads(tokenizer, name):
     dataset_class = DATASET_REGISTRY[name]
-    assert dataset_class.source_format in ("jsonl", "tar", "coco", "parquet") and dataset_class.__doc__
+    assert dataset_class.source_format in FORMATS and dataset_class.__doc__
     dataset, row = make(dataset_class, tokenizer), ROWS[dataset_class]
     before = json.dumps(row)
     one, other = sample_of(dataset, row, 3), sample_of(dataset, row, 3)
@@ -201,11 +227,29 @@ def test_an_edit_without_a_picture_is_refused(tokenizer, missing):
         sample_of(make(EditDataset, tokenizer), {**EDIT, missing: []})
 
 
-def test_the_prompt_of_an_edit_is_the_beginning_of_its_sample(tokenizer):
-    sample = sample_of(make(EditDataset, tokenizer), EDIT)
-    picture = Image.open(io.BytesIO(FILES["a.png"]))
-    pair = (image_segment("cond_image", picture, VAE), image_segment("und_image", picture, VIT))
-    prompt = prompt_segments("Paint it.", tokenizer, [pair])
+@pytest.mark.parametrize(
+    ("dataset_class", "question", "kinds"),
+    [
+        (VlmDataset, "q0", ("und_image",)),
+        (VlmVer1Dataset, "q0", ("und_image",)),
+        (EditDataset, "Paint it.", ("cond_image", "und_image")),
+        (CounterfactualDataset, "Paint it.", ("cond_image", "und_image")),
+        (StepsDataset, "Make it red.", ("cond_image", "und_image")),
+        (ReferRowDataset, "Where is the red 7?", ("und_image",)),
+        (ReasonSegDataset, "What counts here?", ("und_image",)),
+        (T2iDataset, "a red 7", ()),
+        (ParquetT2iDataset, "a red 7", ()),
+        (T2iMessageDataset, "Draw.", ()),
+        (TextDataset, "2 + 3", ()),
+    ],
+)
+def test_the_prompt_of_inference_is_the_beginning_of_a_sample(tokenizer, dataset_class, question, kinds):
+    sample = sample_of(make(dataset_class, tokenizer), ROWS[dataset_class])
+    picture = Image.open(io.BytesIO(FILES["image_list/0" if dataset_class is StepsDataset else "a.png"]))
+    towers = {"cond_image": VAE, "und_image": VIT}
+    shown = [tuple(image_segment(kind, picture, towers[kind]) for kind in kinds)] if kinds else []
+    prompt = prompt_segments(question, tokenizer, shown)
+    assert len(prompt) == len(kinds) + 1
     for ours, trained in zip(prompt, sample.segments, strict=False):
         assert ours.kind == trained.kind
         assert torch.equal(ours.ids, trained.ids) and torch.equal(ours.pixels, trained.pixels)
@@ -224,7 +268,7 @@ def test_every_draw_has_its_own_noise_at_the_place_of_the_first(tokenizer, datas
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("dataset_class", [T2iDataset, EditDataset])
+@pytest.mark.parametrize("dataset_class", [T2iDataset, EditDataset, StepsDataset])
 @pytest.mark.parametrize("draws", [0, -1, 1.5, True, "2"])
 def test_draws_has_to_be_a_positive_whole_number(tokenizer, dataset_class, draws):
     with pytest.raises(ValueError, match=f"draws must be a whole number of at least 1, not {draws!r}"):
@@ -282,6 +326,174 @@ def test_objects_that_do_not_fit_are_refused(tokenizer):
         with pytest.raises(SkipSample) as e:
             sample_of(make(VlmDataset, tokenizer), {**row, "objects": objects})
         assert e.value.reason == reason
+
+
+# ------------------------------------------------------------------------------- the published code's behaviour
+
+
+def test_a_second_turn_gets_the_next_picture_or_as_published_the_first_again(tokenizer):
+    row = {
+        "input_img": [{"path": "a.png"}, {"path": "b.png"}],
+        "message": message("<image> q0", "a0", "And <image>?", "a1"),
+    }
+    ours = sample_of(make(VlmVer1Dataset, tokenizer), row)
+    assert plan(ours, tokenizer) == ["?und_image:1", "q0", "*a0", "And", "?und_image:2", "?", "*a1"]
+    published = sample_of(make(VlmVer1Dataset, tokenizer, upstream_compat=True), row)
+    assert plan(published, tokenizer) == ["?und_image:1", "q0", "*a0", "And", "?und_image:1", "?", "*a1"]
+    more = {**row, "input_img": [{"path": "a.png"}], "message": message("<image> <image> q", "a")}
+    published = sample_of(make(VlmVer1Dataset, tokenizer, upstream_compat=True), more)
+    assert plan(published, tokenizer) == ["?und_image:1", "q", "*a"]
+    with pytest.raises(SkipSample, match="2 <image>, the row has 1 input pictures"):
+        sample_of(make(VlmVer1Dataset, tokenizer), more)
+
+
+def test_reconstruction_asks_in_every_turn_as_published(tokenizer):
+    dataset = make(ReconstructionDataset, tokenizer, request="Again.", upstream_compat=True)
+    expected = ["und_image:1", "q0 Again.", "*a0", "q1 Again.", "*a1", "gen_image:1"]
+    assert plan(sample_of(dataset, VQA), tokenizer) == expected
+
+
+def test_reconstruction_without_pictures_is_a_conversation(tokenizer):
+    row = {"message": message("q", "a")}
+    assert plan(sample_of(make(ReconstructionVer2Dataset, tokenizer), row), tokenizer) == ["q", "*a"]
+
+
+@pytest.mark.parametrize(
+    ("dataset_class", "expected"),
+    [
+        (EditDataset, ["<image>\nPaint it.", "*Done. <image>", "gen_image:2"]),
+        (CounterfactualDataset, ["Paint it.", "gen_image:2", "*Done. <image>"]),
+    ],
+)
+def test_edits_as_published_keep_the_letters(tokenizer, dataset_class, expected):
+    dataset = make(dataset_class, tokenizer, upstream_compat=True)
+    assert plan(sample_of(dataset, EDIT), tokenizer) == ["cond_image:1", "und_image:1", *expected]
+    several = {
+        "input_img": [{"path": "a.png"}, {"path": "b.png"}],
+        "output_img": [{"path": "b.png"}, {"path": "a.png"}],
+        "message": message("first", "one", "<image>\nPaint it.", "Done. <image>"),
+    }
+    assert plan(sample_of(dataset, several), tokenizer) == ["cond_image:1", "und_image:1", *expected]
+    with pytest.raises(SkipSample, match="no instruction"):
+        sample_of(dataset, {**EDIT, "message": message("", "Done.")})
+
+
+def test_a_counterfactual_is_drawn_before_it_is_explained(tokenizer):
+    row = {**EDIT, "message": message("What if?", "Clear. <image> No shadow.")}
+    ours = sample_of(make(CounterfactualDataset, tokenizer), row)
+    expected = ["cond_image:1", "und_image:1", "What if?", "gen_image:2", "*Clear.   No shadow."]
+    assert plan(ours, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "dataset_class", [VlmVer1Dataset, EditDataset, T2iMessageDataset, ReconstructionDataset]
+)
+def test_large_pictures_are_rejected_only_as_published(tokenizer, dataset_class):
+    files = {name: png(4096, 16) for name in ("a.png", "b.png")}
+    row = record(ROWS[dataset_class], files)
+    make(dataset_class, tokenizer).to_sample(row, np.random.default_rng(0))
+    with pytest.raises(SkipSample, match="4096x16 px") as e:
+        make(dataset_class, tokenizer, upstream_compat=True).to_sample(row, np.random.default_rng(0))
+    assert e.value.reason == "too_large"
+
+
+def test_bagels_own_classes_take_large_pictures(tokenizer):
+    row = record(VQA, {"a.png": png(4096, 16)})
+    make(VlmDataset, tokenizer, upstream_compat=True).to_sample(row, np.random.default_rng(0))
+
+
+def test_a_picture_without_a_caption_is_rejected_or_as_published_drawn_from_a_blank(tokenizer):
+    row = {"image": "a.png", "captions": "{}"}
+    with pytest.raises(SkipSample) as e:
+        sample_of(make(ParquetT2iDataset, tokenizer), row)
+    assert e.value.reason == "no_caption"
+    published = sample_of(make(ParquetT2iDataset, tokenizer, upstream_compat=True), row)
+    assert plan(published, tokenizer) == ["? ", "gen_image:1"]
+
+
+# --------------------------------------------------------------------------------------------------- parquet
+
+
+def test_one_caption_is_drawn_from_the_dict(tokenizer):
+    row = {**PARQUET, "captions": json.dumps({"short": "7", "long": "a red 7", "empty": ""})}
+    dataset = make(ParquetT2iDataset, tokenizer)
+    assert {plan(sample_of(dataset, row, seed), tokenizer)[0] for seed in range(20)} == {"?7", "?a red 7"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"captions": "a red 7"}, "no_caption"),
+        ({"captions": '{"a": 3}'}, "no_caption"),
+        ({"image": None}, "missing_image"),
+        ({"image": 3}, "missing_image"),
+        ({"image": "gone.png"}, "missing_image"),
+    ],
+)
+def test_bad_parquet_rows_are_refused(tokenizer, changes, reason):
+    with pytest.raises(SkipSample) as e:
+        sample_of(make(ParquetT2iDataset, tokenizer), {**PARQUET, **changes})
+    assert e.value.reason == reason
+
+
+FOUR = {
+    "image_list": [f"image_list/{i}" for i in range(4)],
+    "instruction_list": [["a", "A"], ["b."], ["c"]],
+}
+
+
+def steps_plans(tokenizer, row, **options) -> set[tuple[str, ...]]:
+    dataset = make(StepsDataset, tokenizer, **options)
+    return {tuple(plan(sample_of(dataset, row, seed), tokenizer)) for seed in range(200)}
+
+
+def shown(k: int) -> tuple[str, str]:
+    return f"?cond_image:{10 + k}", f"?und_image:{10 + k}"
+
+
+def test_steps_go_over_one_or_two_instructions(tokenizer):
+    texts = [("a", "A"), ("b.",), ("c",)]
+    one = {(*shown(k), f"?{text}", f"gen_image:{11 + k}") for k in range(3) for text in texts[k]}
+    chain, at_once = set(), set()
+    for k in range(2):
+        for first in texts[k]:
+            for second in texts[k + 1]:
+                last = f"gen_image:{12 + k}"
+                chain.add((*shown(k), f"?{first}", f"gen_image:{11 + k}", *shown(k + 1), f"?{second}", last))
+                joined = f"?{first.rstrip('.')}. {second.rstrip('.')}."
+                at_once.add((*shown(k), joined, last))
+    assert steps_plans(tokenizer, FOUR) == one | chain | at_once
+    published = steps_plans(tokenizer, FOUR, upstream_compat=True)
+    # Two at once that would end at the last picture stop one short of it; "b." gets another full stop.
+    at_once = {(*shown(0), f"?{x}. b..", "gen_image:12") for x in "aA"}
+    at_once.add((*shown(1), "?b..", "gen_image:12"))
+    assert published == one | chain | at_once
+
+
+def test_the_first_drawing_of_a_chain_is_not_seen_as_noise_later(tokenizer):
+    dataset = make(StepsDataset, tokenizer)
+    samples = (sample_of(dataset, FOUR, seed) for seed in range(50))
+    sample = next(s for s in samples if len(s.segments) == 8)
+    batch = pack([sample], LayoutSpec(vit_patch_size=8, latent_stride=16), tokenizer.special)
+    expected = ("full", "full", "causal", "noise", "full", "full", "causal", "noise")
+    assert batch.split_modes == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"image_list": ["image_list/0"]}, "image_count"),
+        ({"instruction_list": [["a"]]}, "image_count"),
+        ({"instruction_list": []}, "no_instruction"),
+        ({"instruction_list": [["a"], [], ["c"]]}, "no_instruction"),
+        ({"instruction_list": [["a"], [" "], ["c"]]}, "no_instruction"),
+        ({"image_list": [3, 4]}, "bad_image_list"),
+    ],
+)
+def test_bad_steps_are_refused(tokenizer, changes, reason):
+    with pytest.raises(SkipSample) as e:
+        sample_of(make(StepsDataset, tokenizer), {**FOUR, **changes})
+    assert e.value.reason == reason
 
 
 def test_captions_come_from_any_of_the_usual_members(tokenizer):
@@ -354,6 +566,56 @@ def test_a_bad_annotation_is_named_whatever_is_drawn(tokenizer, changes, reason)
         with pytest.raises(SkipSample, match="annotation 9") as e:
             sample_of(dataset, coco(annotation(), annotation(id=9, **changes)), seed)
         assert e.value.reason == reason
+
+
+def test_referring_rows_ask_for_what_they_have(tokenizer):
+    mask = {"size": [64, 64], "counts": [0, 64 * 32, 64 * 32]}
+    both = sample_of(make(ReferRowDataset, tokenizer), {**THING, "mask": mask})
+    assert {r.head for r in both.regions} == {"box", "mask"} and len(both.segments) == 5
+    (region,) = sample_of(
+        make(ReferRowDataset, tokenizer, mask_templates=[]), {**THING, "mask": mask}
+    ).regions
+    torch.testing.assert_close(region.box, torch.tensor([0.25, 0.125, 0.75, 0.625]))
+    (region,) = sample_of(
+        make(ReferRowDataset, tokenizer, bbox_format="xywh"), {**THING, "bbox": [16, 8, 32, 32]}
+    ).regions
+    torch.testing.assert_close(region.box, torch.tensor([0.25, 0.125, 0.75, 0.625]))
+    for changes, reason in [
+        ({"bbox": None}, "no_target"),
+        ({"bbox": [1, 2]}, "bad_box"),
+        ({"bbox": [16, 8, 10, 40]}, "bad_box"),
+        ({"expression": []}, "no_expression"),
+        ({"img_path": None}, "bad_image_list"),
+    ]:
+        with pytest.raises(SkipSample) as e:
+            sample_of(make(ReferRowDataset, tokenizer), {**THING, **changes})
+        assert e.value.reason == reason
+    with pytest.raises(ValueError, match="bbox_format must be xyxy or xywh, not 'xy'"):
+        make(ReferRowDataset, tokenizer, bbox_format="xy")
+
+
+def test_shapes_of_reasonseg_are_painted_from_large_to_small(tokenizer):
+    shapes = [
+        {"label": "Ignore part", "points": [[8, 8], [15, 8], [15, 15], [8, 15]]},
+        {"label": "target", "points": SQUARE},
+        {"label": "flag", "points": [[0, 0], [63, 0], [63, 63], [0, 63]]},
+    ]
+    row = {**REASON, "shapes": shapes, "is_sentence": False, "text": "the thing"}
+    sample = sample_of(make(ReasonSegDataset, tokenizer), row)
+    assert plan(sample, tokenizer) == ["und_image:1", "Segment the thing.", "*<SEG>"]
+    mask = sample.regions[0].mask  # of 32x32 px, half the picture's size
+    assert mask[:16, :16].sum() == 16 * 16 - 4 * 4 and mask.sum() == mask[:16, :16].sum()
+    for broken, reason in [
+        ([{"label": "target", "points": [[1, 2]]}], "bad_mask"),
+        ([{"label": "target", "points": 5}], "bad_mask"),
+        ([shapes[2]], "empty_mask"),
+        ([{"label": "target", "points": [["x", 1], [2, 2], [3, 3]]}], "bad_mask"),
+    ]:
+        with pytest.raises(SkipSample) as e:
+            sample_of(make(ReasonSegDataset, tokenizer), {**row, "shapes": broken})
+        assert e.value.reason == reason
+    with pytest.raises(ValueError, match="ReasonSeg has masks only"):
+        make(ReasonSegDataset, tokenizer, box_templates=["Where is {ref}?"])
 
 
 @pytest.mark.parametrize(
