@@ -1,70 +1,135 @@
 """Where every record went: `read = trained + waiting + rejected + lost`, per group; only `--packer upstream_compat` loses any.
 
-In: the cursors of all lanes as they stand after a step, and the trained samples, counted apart from them
-(`count_trained` of every consumed pack, summed over ranks). Out: the accounts, checked, and a line for the
-log.
+    python -m data.ledger RUN [--step N] [--json]      # of a run's newest checkpoint; exits with 1 if the law is broken
+
+In: the cursors of all lanes as they stand after a step, and what was trained on, counted apart from them from the tensors of
+every consumed pack (`count_trained`) and summed over ranks. Out: the accounts in samples, tokens and loss-bearing tokens,
+checked; lines for the log and for people; values for TensorBoard.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from data.types import LaneCursor, PackedBatch
+import torch
+from torch import Tensor
+
+from data.types import Amount, LaneCursor, PackedBatch, amounts_from_json
+
+DATA_FILE = "data.json"
+"""Of a checkpoint: step, lane cursors, what was trained on, and what was asked for."""
+
+STEP_NAME = re.compile(r"\d{7,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """Records of one group."""
+    """What became of one group's records; `rejected` by reason."""
 
-    read: int
-    trained: int
-    waiting: int
-    rejected: int
-    lost: int = 0
+    read: Amount
+    trained: Amount = Amount()
+    waiting: Amount = Amount()
+    rejected: Mapping[str, Amount] = field(default_factory=dict)
+    lost: Amount = Amount()
+
+    @property
+    def all_rejected(self) -> Amount:
+        return sum(self.rejected.values(), Amount())
+
+    @property
+    def is_lawful(self) -> bool:
+        """Whether everything that was read is somewhere, once."""
+        return self.read == self.trained + self.waiting + self.all_rejected + self.lost
 
 
-def count_trained(batch: PackedBatch) -> Counter[str]:
-    """Samples of a consumed pack per group."""
-    return Counter(origin.group for origin in batch.origins)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What the mixture asked of a group.
+
+    Attributes:
+        weight: relative to the other groups.
+        records: of the group, one epoch.
+        is_mandatory: a sample of it is in every pack besides.
+    """
+
+    weight: float
+    records: int
+    is_mandatory: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"weight": self.weight, "records": self.records, "is_mandatory": self.is_mandatory}
 
 
-def accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, int]) -> dict[str, Account]:
+def count_trained(batch: PackedBatch) -> dict[str, Amount]:
+    """What a consumed pack trains on, by group: counted from its tensors, not from the sizes that the packer went by."""
+    ends = torch.tensor(batch.sample_lens, dtype=torch.int64).cumsum(0)
+    loss_at = torch.cat([batch.label_index.cpu(), batch.gen_index.cpu()[batch.gen_timestep.cpu() > 0]])
+    loss_tokens = _per_sample(loss_at, ends)
+    result: dict[str, Amount] = {}
+    for origin, tokens, predictions in zip(batch.origins, batch.sample_lens, loss_tokens, strict=True):
+        result[origin.group] = result.get(origin.group, Amount()) + Amount(1, tokens, predictions)
+    return result
+
+
+def _per_sample(places: Tensor, ends: Tensor) -> list[int]:
+    """How many of the places are in each sample."""
+    sample = torch.searchsorted(ends, places, right=True)
+    return torch.bincount(sample, minlength=len(ends)).tolist()
+
+
+def add_amounts(into: dict[str, Amount], more: Mapping[str, Amount]) -> None:
+    """Add amounts by name."""
+    for name, amount in more.items():
+        into[name] = into.get(name, Amount()) + amount
+
+
+def accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, Amount]) -> dict[str, Account]:
     """The account of every group.
 
     Args:
         cursors: of all lanes.
-        trained: samples per group that went through a training step.
+        trained: what went through a training step, by group.
 
     Raises:
         ValueError: if the law does not hold for a group: a sample was lost or used twice.
     """
-    read: Counter[str] = Counter()
-    waiting: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    lost: Counter[str] = Counter()
+    result = unchecked_accounts(cursors, trained)
+    for group, a in result.items():
+        if not a.is_lawful:
+            raise ValueError(
+                f"group {group!r}: {_broken(a)}; the checkpoint's cursors and its count of trained samples do not belong together"
+            )
+    return result
+
+
+def unchecked_accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, Amount]) -> dict[str, Account]:
+    """The account of every group, whether the law holds or not."""
+    read: dict[str, Amount] = {}
+    waiting: dict[str, Amount] = {}
+    rejected: dict[str, dict[str, Amount]] = {}
+    lost: dict[str, Amount] = {}
     for cursor in cursors:
-        read.update(cursor.read)
-        waiting.update(group for group, _ in cursor.waiting)
-        rejected.update({group: sum(reasons.values()) for group, reasons in cursor.rejected.items()})
-        lost.update(cursor.lost)
-    result = {
+        add_amounts(read, cursor.read)
+        add_amounts(lost, cursor.lost)
+        for ticket in cursor.waiting:
+            add_amounts(waiting, {ticket.group: ticket.amount})
+        for group, reasons in cursor.rejected.items():
+            add_amounts(rejected.setdefault(group, {}), reasons)
+    return {
         group: Account(
-            read=read[group],
-            trained=trained.get(group, 0),
-            waiting=waiting[group],
-            rejected=rejected[group],
-            lost=lost[group],
+            read=read.get(group, Amount()),
+            trained=trained.get(group, Amount()),
+            waiting=waiting.get(group, Amount()),
+            rejected=rejected.get(group, {}),
+            lost=lost.get(group, Amount()),
         )
         for group in sorted({*read, *trained})
     }
-    for group, a in result.items():
-        if a.read != a.trained + a.waiting + a.rejected + a.lost:
-            raise ValueError(
-                f"group {group!r}: read {a.read} != trained {a.trained} + waiting {a.waiting} + "
-                f"rejected {a.rejected} + lost {a.lost}; the checkpoint's cursors and its count of trained samples do not "
-                "belong together"
-            )
-    return result
 
 
 def require_few_rejects(
@@ -78,35 +143,221 @@ def require_few_rejects(
         max_fraction: of a group's records that may be unusable.
 
     Raises:
-        ValueError: naming the group, the count and the limit.
+        ValueError: naming the group.
     """
     for group, a in all_accounts.items():
-        limit = int(max_fraction * max(sizes[group], a.read))
-        if a.rejected > limit:
+        read, rejected = a.read.samples, a.all_rejected.samples
+        limit = int(max_fraction * max(sizes[group], read))
+        if rejected > limit:
             raise ValueError(
-                f"group {group!r}: {a.rejected} of {a.read} records read could not be used, the limit is "
+                f"group {group!r}: {rejected} of {read} records read could not be used, the limit is "
                 f"{limit}; see the rejects file, repair or remove them, or raise --max_reject_fraction"
             )
 
 
+# ---------------------------------------------------------------------------------------------------- to be read
+
+
 def format_accounts(all_accounts: Mapping[str, Account]) -> str:
     """One line for the log: `vqa 120 = 110 + 8 + 2 | edit ...` (read = trained + waiting + rejected; + lost, if any was)."""
-    columns = ["trained", "waiting", "rejected"]
-    if any(a.lost for a in all_accounts.values()):
-        columns.append("lost")
-    each = (
-        f"{g} {a.read} = {' + '.join(str(getattr(a, c)) for c in columns)}" for g, a in all_accounts.items()
-    )
+    has_lost = any(a.lost.samples for a in all_accounts.values())
+    columns = ["trained", "waiting", "rejected", *(["lost"] if has_lost else [])]
+    each = (f"{g} {a.read.samples} = {_sum_of(a, 'samples', has_lost)}" for g, a in all_accounts.items())
     return f"read = {' + '.join(columns)}: " + " | ".join(each)
 
 
 def format_lost(all_accounts: Mapping[str, Account]) -> str:
     """What the packer lost, for the end of a run; empty if nothing."""
-    lost, read = (sum(getattr(a, c) for a in all_accounts.values()) for c in ("lost", "read"))
+    lost, read = (sum(getattr(a, c).samples for a in all_accounts.values()) for c in ("lost", "read"))
     if not lost:
         return ""
     share = (
         f"{lost} of {read} samples that were read ({lost / read:.2%}) were lost by --packer upstream_compat"
     )
-    by_group = ", ".join(f"{g} {a.lost}" for g, a in all_accounts.items() if a.lost)
+    by_group = ", ".join(f"{g} {a.lost.samples}" for g, a in all_accounts.items() if a.lost.samples)
     return f"{share}, which no step has trained on ({by_group}); --packer conserving loses none"
+
+
+def shares(all_accounts: Mapping[str, Account], demands: Mapping[str, Demand]) -> dict[str, dict[str, float]]:
+    """Requested and delivered share of every group: `requested` of the draws, `samples` and `tokens` of what was trained on."""
+    weights = sum(d.weight for d in demands.values())
+    total = sum((a.trained for a in all_accounts.values()), Amount())
+    result = {}
+    for group, demand in demands.items():
+        trained = all_accounts[group].trained if group in all_accounts else Amount()
+        result[group] = {
+            "requested": demand.weight / weights,
+            "samples": trained.samples / total.samples if total.samples else 0.0,
+            "tokens": trained.tokens / total.tokens if total.tokens else 0.0,
+        }
+    return result
+
+
+def scalars(all_accounts: Mapping[str, Account], demands: Mapping[str, Demand]) -> dict[str, float]:
+    """Values for TensorBoard: `ledger/<group>/<what>`."""
+    values: dict[str, float] = {}
+    for group, share in shares(all_accounts, demands).items():
+        a = all_accounts.get(group, Account(read=Amount()))
+        values |= {
+            f"ledger/{group}/read": a.read.samples,
+            f"ledger/{group}/trained": a.trained.samples,
+            f"ledger/{group}/trained_tokens": a.trained.tokens,
+            f"ledger/{group}/trained_loss_tokens": a.trained.loss_tokens,
+            f"ledger/{group}/waiting": a.waiting.samples,
+            f"ledger/{group}/rejected": a.all_rejected.samples,
+            f"ledger/{group}/epochs": a.read.samples / demands[group].records,
+            f"ledger/{group}/share_requested": share["requested"],
+            f"ledger/{group}/share_delivered": share["samples"],
+            f"ledger/{group}/share_of_tokens": share["tokens"],
+        }
+        if a.lost.samples:
+            values[f"ledger/{group}/lost"] = a.lost.samples
+    return values
+
+
+def report(
+    all_accounts: Mapping[str, Account], demands: Mapping[str, Demand], title: str
+) -> tuple[list[str], bool]:
+    """The ledger for people, and whether the law holds for every group."""
+    has_lost = any(a.lost.samples for a in all_accounts.values())
+    columns = "trained + waiting + rejected" + (" + lost" if has_lost else "")
+    lines = [title, f"{'group':<28}{'':<13}{'read':>14} = {columns}"]
+    for group, a in all_accounts.items():
+        for name in ("samples", "tokens", "loss_tokens"):
+            read = f"{getattr(a.read, name):,}"
+            lines.append(
+                f"{group if name == 'samples' else '':<28}{name:<13}{read:>14} = {_sum_of(a, name, has_lost)}"
+            )
+        lines += [f"{'':<28}rejected: {n.samples:,} {reason}" for reason, n in sorted(a.rejected.items())]
+        if not a.is_lawful:
+            lines.append(f"{'':<28}BROKEN: {_broken(a)}")
+    if demands:
+        lines.append(f"{'share':<28}{'requested':>10}{'samples':>10}{'tokens':>10}{'epochs':>10}")
+    for group, share in shares(all_accounts, demands).items():
+        records_read = all_accounts[group].read.samples if group in all_accounts else 0
+        mandatory = "  + one in every pack" if demands[group].is_mandatory else ""
+        lines.append(
+            f"{group:<28}{share['requested']:>10.2%}{share['samples']:>10.2%}{share['tokens']:>10.2%}"
+            f"{records_read / demands[group].records:>10.2f}{mandatory}"
+        )
+    return lines, all(a.is_lawful for a in all_accounts.values())
+
+
+def _sum_of(a: Account, name: str, has_lost: bool) -> str:
+    parts = [a.trained, a.waiting, a.all_rejected, *([a.lost] if has_lost else [])]
+    return " + ".join(f"{getattr(part, name)}" for part in parts)
+
+
+def _broken(a: Account) -> str:
+    """Which sum is wrong."""
+    name = next(
+        n
+        for n in ("samples", "tokens", "loss_tokens")
+        if getattr(a.read, n) != sum(getattr(p, n) for p in (a.trained, a.waiting, a.all_rejected, a.lost))
+    )
+    unit = "" if name == "samples" else f" (in {name.replace('_', ' ')})"
+    parts = (("trained", a.trained), ("waiting", a.waiting), ("rejected", a.all_rejected), ("lost", a.lost))
+    return (
+        f"read {getattr(a.read, name)} != "
+        + " + ".join(f"{part} {getattr(amount, name)}" for part, amount in parts)
+        + unit
+    )
+
+
+# ------------------------------------------------------------------------------------------------- of a run
+
+
+def step_directories(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first.
+
+    Args:
+        run: `--results_dir`, `--checkpoint_dir`, or one step's directory.
+    """
+    if STEP_NAME.fullmatch(run.name) and (run / DATA_FILE).is_file():
+        return [run]
+    found = [
+        path
+        for folder in (run / "checkpoints", run)
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if STEP_NAME.fullmatch(path.name) and (path / DATA_FILE).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Account], dict[str, Demand]]:
+    """Accounts (unchecked) and demands of one step's directory.
+
+    Raises:
+        ValueError: if its file cannot be read.
+    """
+    file = path / DATA_FILE
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        cursors = [LaneCursor.from_json(lane) for lane in stored["lanes"]]
+        trained = amounts_from_json(stored["trained"])
+        demands = {group: Demand(**demand) for group, demand in stored["demands"].items()}
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file}: cannot be read as a checkpoint's data state ({e})") from e
+    return unchecked_accounts(cursors, trained), demands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the ledger of a run; 1 if the law is broken, 2 if there is nothing to print."""
+    parser = argparse.ArgumentParser(prog="python -m data.ledger", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "run", type=Path, help="the run's --results_dir, its --checkpoint_dir, or one step's directory"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    args = parser.parse_args(argv)
+    steps = {int(path.name): path for path in step_directories(args.run)}
+    if not steps:
+        sys.stderr.write(
+            f"error: {args.run}: no checkpoint here; name a run's --results_dir or --checkpoint_dir\n"
+        )
+        return 2
+    step = max(steps) if args.step is None else args.step
+    if step not in steps:
+        sys.stderr.write(
+            f"error: {args.run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}\n"
+        )
+        return 2
+    try:
+        all_accounts, demands = read_checkpoint(steps[step])
+    except ValueError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    lines, holds = report(all_accounts, demands, f"{steps[step]}: step {step}")
+    if args.json:
+        lines = [json.dumps(_to_json(step, all_accounts, demands, holds))]
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    if not holds:
+        sys.stderr.write("error: the law is broken: a sample was lost or used twice\n")
+    return 0 if holds else 1
+
+
+def _to_json(
+    step: int, all_accounts: Mapping[str, Account], demands: Mapping[str, Demand], holds: bool
+) -> dict[str, Any]:
+    groups = {
+        group: {
+            "read": a.read.to_json(),
+            "trained": a.trained.to_json(),
+            "waiting": a.waiting.to_json(),
+            "rejected": {reason: n.to_json() for reason, n in a.rejected.items()},
+            "lost": a.lost.to_json(),
+        }
+        for group, a in all_accounts.items()
+    }
+    return {
+        "step": step,
+        "law_holds": holds,
+        "columns": ["samples", "tokens", "loss_tokens"],
+        "groups": groups,
+        "shares": shares(all_accounts, demands),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """Lanes -> the packs of one rank, in order, made ahead of time by worker processes.
 
-Pack `p` of the run (`p = step x packs per step + i`) comes from lane `p % L` and belongs to rank `p % W`. `W`
-divides `L`, so a rank owns whole lanes; the number of workers divides `L / W`, so a worker does too, and
-taking turns among workers keeps the order. Which pack is where therefore depends on neither.
+A rank owns every `W`-th lane, a worker every `n`-th of these, and whoever owns lanes lets the one make a pack that has made the
+fewest (`data/order.py`). So any number of ranks and workers can go on from any cursors; where the number of ranks divides that of
+the lanes, the packs that all ranks take in a step are the same ones whatever that number is. A rank whose lanes have ended gives
+empty packs, so that it can take part in the others' steps.
 
 Packs travel from the workers as one block of bytes, not through torch's shared memory: that needs one file
 descriptor per tensor, a large `/dev/shm`, and leaves segments behind when a rank is killed.
@@ -18,16 +19,16 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from data.order import pack_lane, packs_of_lane, usable_world_sizes
+from data.order import lanes_of, next_lane
+from data.packing import pack
 from data.stream import LaneStream, StreamPlan
-from data.types import LaneCursor, PackedBatch
+from data.types import NO_LANE, LaneCursor, PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def build_loader(
     cursors: Sequence[LaneCursor] | None = None,
     packs_consumed: int = 0,
 ) -> Iterator[PackedBatch]:
-    """The endless packs of one rank.
+    """The packs of one rank; without end, once its lanes have ended they are fillers.
 
     Args:
         plan: what decides which packs come; its number of lanes has to stay the same over a run's life.
@@ -53,65 +54,26 @@ def build_loader(
         packs_consumed: packs that all ranks together have trained on.
 
     Raises:
-        ValueError: if the world size does not divide the lanes, or the cursors belong to another run; while
+        ValueError: if there are more ranks than lanes, or the cursors belong to another run; while
             iterating, if too many records of a group are unusable.
         RuntimeError: while iterating, if a worker fails or dies.
     """
     num_lanes = plan.num_lanes
-    if world_size < 1 or num_lanes % world_size:
+    if not 1 <= world_size <= num_lanes:
         raise ValueError(
-            f"{num_lanes} lanes cannot be dealt to {world_size} ranks evenly; usable world sizes are "
-            f"{', '.join(map(str, usable_world_sizes(num_lanes)))} (or set --num_lanes for a new run)"
+            f"{num_lanes} lanes cannot be dealt to {world_size} ranks: each needs one; start a new run with a larger --num_lanes"
         )
-    if packs_consumed % world_size:
-        raise ValueError(
-            f"{packs_consumed} packs were consumed, {world_size} ranks cannot go on amid a round; "
-            "use a world size that divides the packs per step"
+    if num_lanes % world_size and rank == 0:
+        logger.warning(
+            "%d ranks do not own equally many of %d lanes: some read on faster than others, and the order of packs is not that "
+            "of other numbers of ranks (every sample still comes once per epoch)",
+            world_size,
+            num_lanes,
         )
     cursors = _require_cursors(cursors, num_lanes, packs_consumed)
-    stream = RankStream(plan, cursors, rank, world_size, packs_consumed // world_size)
-    workers = usable_workers(num_workers, num_lanes // world_size)
-    return _packs(stream, workers, prefetch_factor)
-
-
-def usable_workers(num_workers: int, lanes_of_rank: int) -> int:
-    """The largest number of workers, at most `num_workers`, that own the same number of lanes each."""
-    usable = max((n for n in range(1, num_workers + 1) if lanes_of_rank % n == 0), default=0)
-    if usable != num_workers:
-        logger.info(
-            "--num_workers %d: %d are used, to share %d lanes evenly", num_workers, usable, lanes_of_rank
-        )
-    return usable
-
-
-class RankStream(IterableDataset[Any]):
-    """The packs of one rank; in a worker, those of the lanes that the worker owns.
-
-    Args:
-        plan: what all lanes share.
-        cursors: of all lanes.
-        rank, world_size: among the ranks that read different data.
-        start: packs this rank has consumed.
-    """
-
-    def __init__(
-        self, plan: StreamPlan, cursors: Sequence[LaneCursor], rank: int, world_size: int, start: int
-    ):
-        self.plan, self.cursors = plan, tuple(cursors)
-        self.rank, self.world_size, self.start = rank, world_size, start
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        return self.packs(0, 1) if worker is None else _messages(self.packs(worker.id, worker.num_workers))
-
-    def packs(self, worker: int, num_workers: int) -> Iterator[PackedBatch]:
-        """Every `num_workers`-th pack, beginning with the `worker`-th."""
-        streams: dict[int, LaneStream] = {}
-        for turn in count(self.start + worker, num_workers):
-            lane = pack_lane(turn * self.world_size + self.rank, self.plan.num_lanes)
-            if lane not in streams:
-                streams[lane] = LaneStream(self.plan, self.cursors[lane])
-            yield streams[lane].next_pack()
+    own = [cursors[lane] for lane in lanes_of(rank, world_size, num_lanes)]
+    packs = _in_turn(plan, own, min(num_workers, len(own)), prefetch_factor)
+    return _pinned(packs) if torch.cuda.is_available() else packs
 
 
 def _require_cursors(
@@ -123,14 +85,74 @@ def _require_cursors(
         raise ValueError(
             f"the checkpoint has {len(cursors)} lanes; set --num_lanes {len(cursors)}, not {num_lanes}"
         )
-    for lane, cursor in enumerate(cursors):
-        packs = packs_of_lane(lane, num_lanes, packs_consumed)
-        if (cursor.lane, cursor.packs) != (lane, packs):
-            raise ValueError(
-                f"cursor {lane} stands at lane {cursor.lane}, pack {cursor.packs}; after {packs_consumed} packs of "
-                f"the run it must be at pack {packs}: the checkpoint's cursors do not belong to its step"
-            )
+    packs = sum(cursor.packs for cursor in cursors)
+    if [c.lane for c in cursors] != list(range(num_lanes)) or packs != packs_consumed:
+        raise ValueError(
+            f"the cursors stand at {packs} packs, the run at {packs_consumed}: the checkpoint's cursors do not belong to its step"
+        )
     return tuple(cursors)
+
+
+def _in_turn(
+    plan: StreamPlan, cursors: Sequence[LaneCursor], num_workers: int, prefetch_factor: int
+) -> Iterator[PackedBatch]:
+    """The packs of some lanes: each time that of the lane whose turn it is, from whoever makes it."""
+    made = {cursor.lane: cursor.packs for cursor in cursors}
+    makers: dict[int, Iterator[PackedBatch]] = {}
+    for worker in range(max(num_workers, 1)):
+        share = cursors[worker :: max(num_workers, 1)]
+        stream = LaneStreams(plan, share)
+        maker = _from_worker(stream, prefetch_factor) if num_workers else stream.packs()
+        makers.update({cursor.lane: maker for cursor in share})
+    while made:
+        lane = next_lane(made)
+        batch = next(makers[lane])
+        if batch.cursor.lane == lane:
+            made[lane] += 1
+            yield batch
+        else:  # it has ended
+            del made[lane]
+    while True:
+        yield _nothing(plan)
+
+
+def _nothing(plan: StreamPlan) -> PackedBatch:
+    return pack([], plan.layout, plan.special, cursor=LaneCursor(lane=NO_LANE))
+
+
+def _pinned(packs: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    return (batch.pin_memory() for batch in packs)
+
+
+class LaneStreams(IterableDataset[Any]):
+    """The packs of some lanes in turn; where a lane has ended, once an empty pack of no lane in place of its turn.
+
+    Args:
+        plan: what all lanes share.
+        cursors: of these lanes.
+    """
+
+    def __init__(self, plan: StreamPlan, cursors: Sequence[LaneCursor]):
+        self.plan, self.cursors = plan, tuple(cursors)
+
+    def __iter__(self) -> Iterator[Any]:
+        """In a worker: the packs as messages."""
+        return _messages(self.packs())
+
+    def packs(self) -> Iterator[PackedBatch]:
+        made = {cursor.lane: cursor.packs for cursor in self.cursors}
+        cursor_of = {cursor.lane: cursor for cursor in self.cursors}
+        streams: dict[int, LaneStream] = {}
+        while made:
+            lane = next_lane(made)
+            if lane not in streams:
+                streams[lane] = LaneStream(self.plan, cursor_of[lane])
+            if streams[lane].has_ended:
+                del made[lane], streams[lane]
+                yield _nothing(self.plan)
+            else:
+                made[lane] += 1
+                yield streams[lane].next_pack()
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -153,13 +175,8 @@ class WorkerFailure:
         return error
 
 
-def _packs(stream: RankStream, num_workers: int, prefetch_factor: int) -> Iterator[PackedBatch]:
-    pin = torch.cuda.is_available()
-    for batch in _from_workers(stream, num_workers, prefetch_factor) if num_workers else stream:
-        yield batch.pin_memory() if pin else batch
-
-
-def _from_workers(stream: RankStream, num_workers: int, prefetch_factor: int) -> Iterator[PackedBatch]:
+def _from_worker(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
+    """The packs that a worker makes; it starts at once."""
     # Forked from a small server, not from the trainer: that has threads (gloo, NCCL, OpenMP) whose
     # locks a fork would copy.
     workers = multiprocessing.get_context("forkserver")
@@ -168,15 +185,20 @@ def _from_workers(stream: RankStream, num_workers: int, prefetch_factor: int) ->
     loader = DataLoader(
         stream,
         batch_size=None,
-        num_workers=num_workers,
+        num_workers=1,
         prefetch_factor=prefetch_factor,
         worker_init_fn=_start_worker,
         multiprocessing_context=workers,
     )
-    messages = iter(loader)
+    return _received(iter(loader))
+
+
+def _received(messages: Iterator[Any]) -> Iterator[PackedBatch]:
     while True:
         try:
             message = next(messages)
+        except StopIteration:
+            return
         except RuntimeError as e:
             raise RuntimeError(
                 f"a data worker died ({str(e).splitlines()[0]}); if it was killed for memory, lower --num_workers or "

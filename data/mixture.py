@@ -389,7 +389,7 @@ class _Entry:
             raise ValueError(f"{self.where}.epochs: expected a whole number from 1, found {epochs!r}")
         if policy == "repeat":
             raise ValueError(
-                f"{self.where}.epochs: a group that repeats has no last epoch; add when_exhausted: drop (or stop), or leave it out"
+                f"{self.where}.epochs: a group that repeats has no last epoch; add when_exhausted: drop or stop, or leave it out"
             )
         return policy, epochs
 

@@ -4,8 +4,8 @@ workers.
 A group of `N` records has one endless order: the concatenation of one permutation per epoch. A *position* is
 a place in it: `position = epoch x N + place`. Lane `l` of `L` reads the positions `l, l + L, l + 2 L, ...`,
 so all lanes together read every record once per epoch even where a group has fewer records than there are
-lanes. A *pack index* counts packs over the whole run; pack `p` comes from lane `p % L` and belongs to rank `p
-% W`.
+lanes. Rank `r` of `W` owns the lanes `r, r + W, r + 2 W, ...` and lets them make packs in turn (`next_lane`):
+where `W` divides `L`, the packs of all ranks are those of one rank, in its order.
 
 Permutations are computed element by element (a Feistel network, walked until it lands inside `[0, N)`):
 reading one element costs the same few microseconds whether N is three or a billion, and nothing is kept, so
@@ -14,7 +14,7 @@ resume is O(1) and lanes in different epochs of a group do not fight over a cach
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -80,19 +80,26 @@ def sample_rng(seed: int, group: str, position: int, purpose: str) -> np.random.
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def pack_lane(pack: int, num_lanes: int) -> int:
-    """Lane that makes the pack with this index."""
-    return pack % num_lanes
+def share_of_lane(lane: int, num_lanes: int, total: int) -> int:
+    """How many of the positions `0 … total - 1` a lane reads."""
+    return max(0, (total - lane + num_lanes - 1) // num_lanes)
 
 
-def packs_of_lane(lane: int, num_lanes: int, packs: int) -> int:
-    """How many of the first `packs` packs of a run a lane made."""
-    return max(0, (packs - lane + num_lanes - 1) // num_lanes)
+def lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
+    """The lanes that a rank owns."""
+    return range(rank, num_lanes, world_size)
 
 
-def usable_world_sizes(num_lanes: int) -> list[int]:
-    """World sizes that own whole lanes: the divisors."""
-    return [w for w in range(1, num_lanes + 1) if num_lanes % w == 0]
+def next_lane(packs: Mapping[int, int]) -> int:
+    """Which lane makes a pack next: the one that has made the fewest, of these the first.
+
+    The rule needs no memory. So it goes on after a pause as it would have without, and it says the same about some of the lanes
+    as about all of them: lanes that are dealt to ranks and workers make their packs in the order in which they would together.
+
+    Args:
+        packs: that each lane has made.
+    """
+    return min(packs, key=lambda lane: (packs[lane], lane))
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:

@@ -14,8 +14,8 @@ import numpy as np
 from data.dataset_base import SkipSample, TaskDataset
 from data.layout import num_tokens
 from data.mixture import Group
-from data.readers import Record
 from data.scan import Outline, Scan, from_outline
+from data.sources import Record
 from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor, Sample
 
@@ -76,7 +76,7 @@ def predict(plan: StreamPlan, scans: Mapping[str, Scan], packs_per_step: int) ->
             samples[sample.origin.group] += 1
     read = Counter[str]()
     for lane in lanes:
-        read.update(lane.cursor.read)
+        read.update({group: amount.samples for group, amount in lane.cursor.read.items()})
     steps = len(filled) / packs_per_step
     drawn = [group for group in outlined if read[group.name]]
     return Prediction(

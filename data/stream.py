@@ -2,7 +2,8 @@
 
 `LaneStream(plan, cursor).next_pack()` gives a `PackedBatch` whose `cursor` is the lane's whole state after
 it: a stream built from that cursor goes on with the same bytes. A sample that was read is in a pack, waiting, rejected, or, under
-a policy that loses samples (`data/policy.py`), counted as lost.
+a policy that loses samples (`data/policy.py`), counted as lost. Policies see sizes only, and sizes are all that a cursor keeps of
+what waits: a lane goes on without having read anything again, and makes a sample again when its pack is made.
 """
 
 from collections import Counter
@@ -11,21 +12,30 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from data.dataset_base import DropoutSpec, SkipSample, finish_sample
-from data.layout import LayoutSpec
+from data.layout import LayoutSpec, loss_tokens, num_tokens, planned_tokens, splits_of, visible_pairs
 from data.mixture import Group
-from data.order import choose, lane_position, record_index, sample_rng, uniform
+from data.order import choose, lane_position, record_index, sample_rng, share_of_lane, uniform
 from data.packing import pack
 from data.policy import POLICIES, PackBudget
+from data.sources.record import SourceLost, printable
 from data.tokens import SpecialTokens
-from data.types import LaneCursor, Origin, PackedBatch, Reject, Sample
+from data.types import Amount, LaneCursor, Origin, PackedBatch, Reject, Sample, Ticket
 
-RECORD_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError)
+RECORD_ERRORS = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError, MemoryError,
+)  # fmt: skip
 """What a dataset class raises on a record of another shape than it expects."""
 
 REJECTS_IN_A_ROW = 1000
 """A lane gives up on a group after so many, whatever fraction the user allows: nothing may loop forever."""
 
 REJECTS_SHOWN = 3
+
+KEPT_BYTES = 64 << 20
+"""Pictures of waiting samples that a lane holds in memory; those of further ones are decoded again when they are packed."""
+
+MEMORY = 1 - 1 / 512
+"""What an earlier sample counts in the lane's averages, compared with the one after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +59,16 @@ class StreamPlan:
 
 def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sample | Reject:
     """The finished sample at a position of a group's order: the same on every call."""
+    made = _make(plan, group, lane, position)
+    return made if isinstance(made, Reject) else made[0]
+
+
+def _make(
+    plan: StreamPlan, group: Group, lane: int, position: int, since: int = 0
+) -> tuple[Sample, Ticket] | Reject:
     index = record_index(position, len(group.source), plan.seed, group.name)
     where = f"{group.name} record {index}"
+    amount = Amount(samples=1)
     try:
         record = group.source.read(index)
         where = record.where
@@ -61,29 +79,58 @@ def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sam
         sample = finish_sample(sample, finish_rng, plan.dropout, plan.timestep_shift)
     except SkipSample as e:
         reason, message, where = e.reason, e.message, e.where or where
+    except SourceLost:
+        raise  # no fault of the record
     except RECORD_ERRORS as e:
         reason, message = "broken_record", f"{type(e).__name__}: {e} (in {type(group.dataset).__name__})"
     else:
-        tokens = _tokens(sample, plan)
-        if tokens <= plan.budget.longest:
-            return sample
-        reason = "too_long"
-        message = f"{tokens} tokens, the budget is {plan.budget.longest}; raise --max_num_tokens_per_sample"
-    message = " ".join(message.split())
+        ticket = _ticket(sample, plan.layout, since)
+        refused = _refused(ticket, plan.budget)
+        if refused is None:
+            return sample, ticket
+        reason, message = refused
+        amount = ticket.amount
+    message = printable(" ".join(message.split()))
     if where not in message:
         message = f"{where}: {message}"
-    return Reject(group=group.name, position=position, where=where, reason=reason, message=message)
+    return Reject(
+        group=group.name, position=position, where=where, reason=reason, message=message, amount=amount
+    )
 
 
-def _tokens(sample: Sample, plan: StreamPlan) -> int:
+def _ticket(sample: Sample, layout: LayoutSpec, since: int) -> Ticket:
     try:
-        return POLICIES[plan.budget.policy].length(sample, plan.layout)
+        splits = splits_of(sample, layout)
+        tokens = num_tokens(sample, layout)
+        return Ticket(
+            group=sample.origin.group,
+            position=sample.origin.position,
+            since=since,
+            tokens=tokens,
+            planned=planned_tokens(sample, layout),
+            loss_tokens=loss_tokens(sample, layout),
+            pairs=visible_pairs([tokens], splits.lens, splits.modes, splits.branches),
+        )
     except ValueError as e:  # the transform does not suit the model: no fault of the record, so no reject
         raise ValueError(f"group {sample.origin.group!r}, {sample.origin.where}: {e}") from e
 
 
+def _refused(sample: Ticket, budget: PackBudget) -> tuple[str, str] | None:
+    """Reason and message if no pack can hold the sample."""
+    tokens = POLICIES[budget.policy].length(sample)
+    if tokens > budget.longest:
+        return (
+            "too_long",
+            f"{tokens} tokens, the budget is {budget.longest}; raise --max_num_tokens_per_sample",
+        )
+    if budget.max_pairs and sample.pairs > budget.max_pairs:
+        message = f"attention over {sample.pairs} pairs, the bound is {budget.max_pairs}; raise --max_attention_pairs"
+        return "too_costly", message
+    return None
+
+
 class LaneStream:
-    """The endless packs of one lane.
+    """The packs of one lane.
 
     Args:
         plan: what all lanes share.
@@ -96,21 +143,23 @@ class LaneStream:
     def __init__(self, plan: StreamPlan, cursor: LaneCursor):
         self.plan = plan
         self.lane = cursor.lane
-        self.groups, self.layout, self.budget = plan.groups, plan.layout, plan.budget
+        self.groups, self.budget = plan.groups, plan.budget
         self._groups = {g.name: g for g in plan.groups}
-        self._cumulative = list(accumulate(g.weight for g in plan.groups))
         self._require_groups(cursor)
         self._packs, self._draws = cursor.packs, cursor.draws
-        self._read = Counter(cursor.read)
-        self._rejected = {g: Counter(r) for g, r in cursor.rejected.items()}
-        self._lost = Counter(cursor.lost)
-        self.waiting = [self._again(*w) for w in cursor.waiting]
+        self._read = dict(cursor.read)
+        self._rejected = {g: dict(r) for g, r in cursor.rejected.items()}
+        self._lost = dict(cursor.lost)
+        self._recent_tokens, self._recent_pairs = cursor.recent
+        self.waiting = list(cursor.waiting)
+        self._kept: dict[tuple[str, int], Sample] = {}
+        self._kept_bytes = 0
         self._new_rejects: list[Reject] = []
         self._in_a_row: Counter[str] = Counter()
         self._shown: dict[str, list[str]] = {}
 
     def next_pack(self) -> PackedBatch:
-        """The lane's next pack.
+        """The lane's next pack; of a lane that has ended, an empty one.
 
         Raises:
             ValueError: if too many records of a group cannot be used.
@@ -120,9 +169,9 @@ class LaneStream:
 
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in order."""
-        samples = POLICIES[self.budget.policy].next_samples(self)
+        tickets = POLICIES[self.budget.policy].next_samples(self)
         self._packs += 1
-        return samples
+        return [self._take(ticket) for ticket in tickets]
 
     def take_rejects(self) -> tuple[Reject, ...]:
         """What was rejected since this was last asked for."""
@@ -139,8 +188,23 @@ class LaneStream:
             read=dict(self._read),
             rejected={g: dict(r) for g, r in self._rejected.items()},
             lost=dict(self._lost),
-            waiting=tuple((s.origin.group, s.origin.position) for s in self.waiting),
+            waiting=tuple(self.waiting),
+            recent=(self._recent_tokens, self._recent_pairs),
         )
+
+    @property
+    def pairs_per_token(self) -> float:
+        """Mean attention of the samples read of late."""
+        return self._recent_pairs / self._recent_tokens if self._recent_tokens else 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all there was to read is packed."""
+        return not self.waiting and not self._open_groups()
+
+    def has_more(self, group: Group) -> bool:
+        """Whether the lane may read on in the group."""
+        return bool(self._open_groups()) and not self._is_exhausted(group)
 
     def next_uniform(self) -> float:
         """The lane's next random number, in [0, 1)."""
@@ -148,62 +212,110 @@ class LaneStream:
         self._draws += 1
         return number
 
-    def draw_group(self) -> Group:
-        """A group by the weights."""
-        return self.groups[choose(self._cumulative, self.next_uniform())]
+    def draw_group(self) -> Group | None:
+        """A group by the weights, of those that have records left; None if the lane reads nothing more."""
+        groups = self._open_groups()
+        if not groups:
+            return None
+        return groups[choose(list(accumulate(g.weight for g in groups)), self.next_uniform())]
 
-    def read_next(self, group: Group) -> Sample | None:
+    def read_next(self, group: Group) -> Ticket | None:
         """The group's next sample; None if the record was rejected.
 
         Raises:
             ValueError: if too many records of the group cannot be used.
         """
-        position = lane_position(self.lane, self.plan.num_lanes, self._read[group.name])
-        made = make_sample(self.plan, group, self.lane, position)
-        self._read[group.name] += 1
+        read = self._read.get(group.name, Amount())
+        position = lane_position(self.lane, self.plan.num_lanes, read.samples)
+        made = _make(self.plan, group, self.lane, position, since=self._packs)
+        self._read[group.name] = read + (made.amount if isinstance(made, Reject) else made[1].amount)
         if isinstance(made, Reject):
             self._reject(made)
             return None
+        sample, ticket = made
         self._in_a_row[group.name] = 0
-        return made
+        self._recent_tokens = self._recent_tokens * MEMORY + ticket.tokens
+        self._recent_pairs = self._recent_pairs * MEMORY + ticket.pairs
+        self._keep(ticket, sample)
+        return ticket
 
-    def lose(self, sample: Sample) -> None:
+    def lose(self, sample: Ticket) -> None:
         """Count a sample that will be in no pack."""
-        self._lost[sample.origin.group] += 1
+        self._lost[sample.group] = self._lost.get(sample.group, Amount()) + sample.amount
+        self._drop(sample)
+
+    def _open_groups(self) -> list[Group]:
+        """The groups that may be drawn."""
+        if any(g.when_exhausted == "stop" and self._is_exhausted(g) for g in self.groups):
+            return []
+        return [g for g in self.groups if g.weight and not self._is_exhausted(g)]
+
+    def _is_exhausted(self, group: Group) -> bool:
+        if group.epochs is None:
+            return False
+        share = share_of_lane(self.lane, self.plan.num_lanes, group.epochs * len(group.source))
+        return self._read.get(group.name, Amount()).samples >= share
+
+    def _keep(self, ticket: Ticket, sample: Sample) -> None:
+        size = _bytes_of(sample)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[ticket.group, ticket.position] = sample
+            self._kept_bytes += size
+
+    def _drop(self, ticket: Ticket) -> Sample | None:
+        sample = self._kept.pop((ticket.group, ticket.position), None)
+        if sample is not None:
+            self._kept_bytes -= _bytes_of(sample)
+        return sample
+
+    def _take(self, ticket: Ticket) -> Sample:
+        sample = self._drop(ticket)
+        return self._again(ticket) if sample is None else sample
 
     def _reject(self, reject: Reject) -> None:
         group = reject.group
         self._new_rejects.append(reject)
-        self._rejected.setdefault(group, Counter())[reject.reason] += 1
+        reasons = self._rejected.setdefault(group, {})
+        reasons[reject.reason] = reasons.get(reject.reason, Amount()) + reject.amount
         self._in_a_row[group] += 1
         shown = self._shown.setdefault(group, [])
         if len(shown) < REJECTS_SHOWN:
             shown.append(reject.message)
-        count = self._rejected[group].total()
+        count = sum(amount.samples for amount in reasons.values())
         records = len(self._groups[group].source)
         # Judged by what all lanes together have read about now: a bad record comes back once per
         # epoch, not per lane.
-        limit = int(self.plan.max_reject_fraction * max(records, self._read[group] * self.plan.num_lanes))
+        limit = int(
+            self.plan.max_reject_fraction * max(records, self._read[group].samples * self.plan.num_lanes)
+        )
         if count > limit or self._in_a_row[group] >= REJECTS_IN_A_ROW:
             raise ValueError(reject_message(group, count, limit, shown))
 
-    def _again(self, group: str, position: int) -> Sample:
-        made = make_sample(self.plan, self._groups[group], self.lane, position)
-        if isinstance(made, Reject):
-            raise ValueError(
-                f"group {group!r}: a sample that waited at the checkpoint can no longer be used: {made.message}"
-                "; restore the data and options of the run, or start a new one"
-            )
-        return made
+    def _again(self, ticket: Ticket) -> Sample:
+        made = _make(self.plan, self._groups[ticket.group], self.lane, ticket.position, ticket.since)
+        problem = made.message if isinstance(made, Reject) else ""
+        if not isinstance(made, Reject):
+            sample, now = made
+            if now == ticket:
+                return sample
+            problem = f"{sample.origin.where}: has {now.tokens} tokens now, had {ticket.tokens} when it was first read"
+        raise ValueError(
+            f"group {ticket.group!r}: a sample that waited for its pack has changed meanwhile: {problem}"
+            "; restore the data and options of the run, or start a new one"
+        )
 
     def _require_groups(self, cursor: LaneCursor) -> None:
         known: Mapping[str, Group] = self._groups
-        for group in [*cursor.read, *(g for g, _ in cursor.waiting)]:
+        for group in [*cursor.read, *(w.group for w in cursor.waiting)]:
             if group not in known:
                 raise ValueError(
                     f"the checkpoint was made with a group {group!r}, the mixture has {', '.join(known)}; "
                     "keep it (with weight 0 if it is not wanted any more) or start a new run"
                 )
+
+
+def _bytes_of(sample: Sample) -> int:
+    return sum(s.pixels.nbytes for s in sample.segments) + sum(r.mask.nbytes for r in sample.regions)
 
 
 def reject_message(group: str, count: int, limit: int, first: list[str]) -> str:

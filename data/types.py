@@ -6,7 +6,7 @@ laid end to end in one sequence are a `PackedBatch`. Imports torch only.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,25 @@ class Sample:
     task: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """So much data: samples, the tokens they take in packs, and the predictions among these that a loss is made of."""
+
+    samples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.loss_tokens + other.loss_tokens,
+        )
+
+    def to_json(self) -> list[int]:
+        return [self.samples, self.tokens, self.loss_tokens]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
     """A record that could not be used: `reason` is a short key to count by, `message` says it to a person."""
@@ -115,6 +134,8 @@ class Reject:
     where: str
     reason: str
     message: str
+    amount: Amount = Amount(samples=1)
+    """Tokens only where it came to counting them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +160,36 @@ class RegionBatch:
         return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
 
+class Ticket(NamedTuple):
+    """A sample by its place and its size; whoever needs it makes it again.
+
+    Attributes:
+        group: of the mixture.
+        position: place in the group's endless order.
+        since: packs the lane had made when it was read.
+        tokens: it takes in a pack.
+        planned: tokens it would take if none of its conditions had been left out.
+        loss_tokens: predictions it is trained on.
+        pairs: (query, key) pairs that attention computes.
+    """
+
+    group: str
+    position: int
+    since: int
+    tokens: int
+    planned: int
+    loss_tokens: int
+    pairs: int
+
+    @property
+    def amount(self) -> Amount:
+        return Amount(1, self.tokens, self.loss_tokens)
+
+
+NO_LANE = -1
+"""Lane of a pack that holds nothing because its rank's lanes have ended."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneCursor:
     """Where one lane stands: the whole data state of that lane, JSON-able.
@@ -147,34 +198,64 @@ class LaneCursor:
         packs: packs this lane has emitted.
         draws: random group choices made.
         read: per group, records taken from the lane's share of the group's order.
-        rejected: per group and reason, records that could not be used.
+        rejected: per group and reason, records that could not be used; tokens where they were counted.
         lost: per group, samples that are in no pack (only `--packer upstream_compat` loses any).
-        waiting: `(group, position)` of samples read and not yet packed, in order.
+        waiting: samples read and not yet packed, in order.
+        recent: tokens and pairs of the samples read of late, older ones weighing less.
     """
 
     lane: int
     packs: int = 0
     draws: int = 0
-    read: Mapping[str, int] = field(default_factory=dict)
-    rejected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    lost: Mapping[str, int] = field(default_factory=dict)
-    waiting: tuple[tuple[str, int], ...] = ()
+    read: Mapping[str, Amount] = field(default_factory=dict)
+    rejected: Mapping[str, Mapping[str, Amount]] = field(default_factory=dict)
+    lost: Mapping[str, Amount] = field(default_factory=dict)
+    waiting: tuple[Ticket, ...] = ()
+    recent: tuple[float, float] = (0.0, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "lane": self.lane,
             "packs": self.packs,
             "draws": self.draws,
-            "read": dict(self.read),
-            "rejected": {g: dict(r) for g, r in self.rejected.items()},
-            "lost": dict(self.lost),
+            "read": amounts_to_json(self.read),
+            "rejected": {g: amounts_to_json(r) for g, r in self.rejected.items()},
+            "lost": amounts_to_json(self.lost),
             "waiting": [list(w) for w in self.waiting],
+            "recent": list(self.recent),
         }
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> "LaneCursor":
-        waiting = tuple((str(g), int(p)) for g, p in state["waiting"])
-        return LaneCursor(**{**state, "waiting": waiting})
+        """The cursor that `to_json` wrote.
+
+        Raises:
+            ValueError: if it is of a version that did not keep all of this.
+        """
+        try:
+            return LaneCursor(
+                lane=state["lane"],
+                packs=state["packs"],
+                draws=state["draws"],
+                read=amounts_from_json(state["read"]),
+                rejected={g: amounts_from_json(r) for g, r in state["rejected"].items()},
+                lost=amounts_from_json(state["lost"]),
+                waiting=tuple(Ticket(*w) for w in state["waiting"]),
+                recent=(state["recent"][0], state["recent"][1]),
+            )
+        except (KeyError, TypeError) as e:
+            raise ValueError(
+                "the checkpoint's data state is of an earlier version of Weft, which kept less; start a new run from its "
+                "weights with --resume_from and --resume_model_only True"
+            ) from e
+
+
+def amounts_to_json(amounts: Mapping[str, Amount]) -> dict[str, list[int]]:
+    return {name: amount.to_json() for name, amount in amounts.items()}
+
+
+def amounts_from_json(state: Mapping[str, Any]) -> dict[str, Amount]:
+    return {name: Amount(*numbers) for name, numbers in state.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,8 +278,8 @@ class PackedBatch:
         gen_seed, gen_key: `m` int64, noise seed and a hash of the pixels (key of the latent cache).
         regions: per perception head; a head without regions in this pack is simply absent.
         sample_lens, split_lens, split_modes, split_branches: the attention layout; splits follow each other over all samples.
-        samples, tasks: origin and task of each sample, in order.
-        lane, cursor, rejects: what the data state is once this pack is consumed.
+        origins, tasks: origin and task of each sample, in order.
+        cursor, rejects: what the data state is once this pack is consumed.
     """
 
     text_ids: Tensor
@@ -231,6 +312,11 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.position)
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether it is from no lane: its rank's lanes have ended, and it takes part in the step with nothing."""
+        return self.cursor.lane == NO_LANE
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "PackedBatch":
         """Apply `fn` to every tensor: the only walker over the fields."""

@@ -134,13 +134,23 @@ class DataArgs:
     prefetch_factor: int = flag(2, "Packs that each worker prepares ahead.", low=1)
     num_lanes: int = flag(
         48,
-        "Logical shards of the data order; the number of ranks must divide it, and it stays for a run's life.",
+        "Logical shards of the data order, at least one per rank; best a multiple of the numbers of ranks. It stays for a run's "
+        "life.",
         low=1,
     )
     expected_num_tokens: int = flag(32768, "A pack is full when it has this many tokens.", low=1)
     max_num_tokens: int = flag(36864, "No pack has more tokens than this.", low=1)
     max_num_tokens_per_sample: int = flag(16384, "A sample with more tokens is rejected.", low=1)
-    max_buffer_size: int = flag(50, "Samples that may wait, per lane, for a pack they fit in.", low=0)
+    max_attention_pairs: int = flag(
+        0,
+        "No pack has more (query, key) pairs for attention to compute, and a sample with more is rejected; 0: no bound.",
+        low=0,
+    )
+    max_buffer_size: int = flag(
+        50,
+        "Samples that may wait, per lane, for a pack they fit in; no sample waits for more packs than this.",
+        low=0,
+    )
     packer: Packer = flag(
         "conserving",
         "Which samples share a pack: `conserving` loses none, `upstream_compat` chooses (and loses) as the published packer.",

@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.ledger import Account, accounts, count_trained, format_accounts, format_lost, require_few_rejects
+from data.ledger import (
+    Account,
+    accounts,
+    count_trained,
+    format_accounts,
+    format_lost,
+    require_few_rejects,
+    scalars,
+)
 from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
 from train.checkpoint import Checkpoints
@@ -60,20 +68,35 @@ def train(
     total, every = run.args.optim.total_steps, run.args.checkpoint.save_every
     while state.step < total:
         report = training_step(run, state, batches)
+        if report is None:
+            reporter.note(
+                f"the data has ended: a group that ends the run is read; stopping after step {state.step} of {total}"
+            )
+            if state.step % every:
+                checkpoints.save(state)
+            break
         reporter.step(report)
         if state.step % run.args.train.log_every == 0 or state.step == total:
-            reporter.note(format_accounts(check_accounts(run, state)))
+            ledger = check_accounts(run, state)
+            reporter.note(format_accounts(ledger))
+            reporter.scalars(state.step, scalars(ledger, state.demands))
         if state.step % every == 0 or state.step == total:
             checkpoints.save(state)
     if lost := format_lost(check_accounts(run, state)):
         reporter.note(lost)
 
 
-def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -> StepReport:
-    """One optimizer update: all ranks, all micro-batches."""
+def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -> StepReport | None:
+    """One optimizer update: all ranks, all micro-batches.
+
+    Returns:
+        None, on every rank, if all lanes have ended: nothing was done.
+    """
     started = time.perf_counter()
     accumulation = run.args.train.gradient_accumulation_steps
-    packs = [next(batches).to(run.world.device) for _ in range(accumulation)]
+    packs = [next(batches) for _ in range(accumulation)]
+    trained = [count_trained(p) for p in packs]
+    packs = [p.to(run.world.device) for p in packs]
     # Counted before any backward: each loss is divided once, by what the whole step has of it.
     own = torch.stack([run.objective.counts(p) for p in packs])
     extra = [
@@ -81,10 +104,13 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         sum(len(p.origins) for p in packs),
         sum(len(p.rejects) for p in packs),
         sum(run.flops(p) for p in packs),
+        sum(not p.is_filler for p in packs),
     ]
     everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
     per_pack = everywhere[: own.numel()].view_as(own)
-    tokens, samples, rejects, flops = everywhere[own.numel() :].tolist()
+    tokens, samples, rejects, flops, num_packs = everywhere[own.numel() :].tolist()
+    if not num_packs:
+        return None
     counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)
 
     totals = torch.zeros(len(counts), dtype=torch.float64)
@@ -99,9 +125,10 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     state.ema.update(state.step)
 
     state.step += 1
-    state.packs_consumed += run.world.size * accumulation
-    for pack in packs:
-        state.consume(pack.cursor, count_trained(pack))
+    state.packs_consumed += int(num_packs)
+    for pack, amounts in zip(packs, trained, strict=True):
+        if not pack.is_filler:
+            state.consume(pack.cursor, amounts)
     _write_rejects(run, packs)
     if rejects:
         check_accounts(run, state)

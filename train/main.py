@@ -16,6 +16,7 @@ import torch
 
 from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec
+from data.ledger import Demand
 from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
 from data.policy import PackBudget
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
         ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
-        state = TrainState.create(model, optimizer, ema, args.data.num_lanes)
+        state = TrainState.create(model, optimizer, ema, args.data.num_lanes, demands(groups))
         if start is not None and not start.published:
             checkpoints.restore(state, start)
 
@@ -158,6 +159,13 @@ def open_loader(args: Args, plan: StreamPlan, world: World, state: TrainState) -
     )
 
 
+def demands(groups: Sequence[Group]) -> dict[str, Demand]:
+    """What the mixture asks of every group, for the ledger."""
+    return {
+        g.name: Demand(weight=g.weight, records=len(g.source), is_mandatory=g.is_mandatory) for g in groups
+    }
+
+
 def stream_plan(
     args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, layout: LayoutSpec
 ) -> StreamPlan:
@@ -173,6 +181,7 @@ def stream_plan(
             per_sample=data.max_num_tokens_per_sample,
             max_buffer=data.max_buffer_size,
             prefer_buffer_before=data.prefer_buffer_before,
+            max_pairs=data.max_attention_pairs,
             policy=data.packer,
         ),
         seed=data.data_seed,

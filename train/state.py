@@ -3,7 +3,6 @@
 The learning rate is a function of the step, and every random choice about a sample one of its place, so neither has state.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.types import LaneCursor
+from data.ledger import Demand, add_amounts
+from data.types import Amount, LaneCursor, amounts_from_json, amounts_to_json
 from train.distributed.collectives import gather_objects, rank
 from train.ema import Ema
 
@@ -27,7 +27,8 @@ class TrainState:
         cursors: of every lane; this rank keeps those of its own lanes up to date, in `consume`.
         step: optimizer updates done.
         packs_consumed: packs that all ranks together have trained on.
-        trained: samples that this rank has trained on, by group. The sum over ranks is what counts.
+        trained: what this rank has trained on, by group. The sum over ranks is what counts.
+        demands: what the mixture asks of every group.
     """
 
     model: nn.Module
@@ -36,18 +37,25 @@ class TrainState:
     cursors: dict[int, LaneCursor]
     step: int = 0
     packs_consumed: int = 0
-    trained: Counter[str] = field(default_factory=Counter)
+    trained: dict[str, Amount] = field(default_factory=dict)
+    demands: Mapping[str, Demand] = field(default_factory=dict)
 
     @staticmethod
-    def create(model: nn.Module, optimizer: torch.optim.AdamW, ema: Ema, num_lanes: int) -> "TrainState":
+    def create(
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        ema: Ema,
+        num_lanes: int,
+        demands: Mapping[str, Demand] | None = None,
+    ) -> "TrainState":
         """The state at the beginning of a run."""
         cursors = {lane: LaneCursor(lane=lane) for lane in range(num_lanes)}
-        return TrainState(model=model, optimizer=optimizer, ema=ema, cursors=cursors)
+        return TrainState(model=model, optimizer=optimizer, ema=ema, cursors=cursors, demands=demands or {})
 
-    def consume(self, cursor: LaneCursor, trained: Mapping[str, int]) -> None:
+    def consume(self, cursor: LaneCursor, trained: Mapping[str, Amount]) -> None:
         """Note a pack of this rank as trained on; `packs_consumed` counts all ranks' and is the loop's to raise."""
         self.cursors[cursor.lane] = cursor
-        self.trained.update(trained)
+        add_amounts(self.trained, trained)
 
     def all_cursors(self) -> tuple[LaneCursor, ...]:
         """The newest cursor of every lane, over all ranks; every rank must call."""
@@ -58,9 +66,12 @@ class TrainState:
                     newest[lane] = cursor
         return tuple(newest[lane] for lane in sorted(newest))
 
-    def all_trained(self) -> Counter[str]:
-        """Samples trained on by all ranks, by group; every rank must call."""
-        return sum(gather_objects(self.trained), Counter())
+    def all_trained(self) -> dict[str, Amount]:
+        """What all ranks have trained on, by group; every rank must call."""
+        result: dict[str, Amount] = {}
+        for trained in gather_objects(self.trained):
+            add_amounts(result, trained)
+        return result
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter, as stored."""
@@ -92,12 +103,13 @@ class TrainState:
         return {
             "step": self.step,
             "packs_consumed": self.packs_consumed,
-            "trained": dict(self.all_trained()),
+            "trained": amounts_to_json(self.all_trained()),
+            "demands": {group: demand.to_json() for group, demand in self.demands.items()},
             "lanes": [cursor.to_json() for cursor in self.all_cursors()],
         }
 
     def load_progress(self, stored: Mapping[str, Any]) -> None:
         """Take over what `progress` gave, on any number of ranks."""
         self.step, self.packs_consumed = int(stored["step"]), int(stored["packs_consumed"])
-        self.trained = Counter(stored["trained"] if rank() == 0 else {})
         self.cursors = {int(lane["lane"]): LaneCursor.from_json(lane) for lane in stored["lanes"]}
+        self.trained = amounts_from_json(stored["trained"] if rank() == 0 else {})

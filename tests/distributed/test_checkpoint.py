@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.types import LaneCursor
+from data.types import Amount, LaneCursor
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import LANES, build, rows, toy_args
 from train.checkpoint import Checkpoints, Start
@@ -36,7 +36,9 @@ def advance(state: TrainState, steps: int, **flags: object) -> list[float]:
         state.optimizer.zero_grad()
         for lane in range(rank(), LANES, world_size()):
             packs = state.cursors[lane].packs + 1
-            state.consume(LaneCursor(lane=lane, packs=packs, read={"vqa": 2 * packs}), {"vqa": 2})
+            state.consume(
+                LaneCursor(lane=lane, packs=packs, read={"vqa": Amount(2 * packs)}), {"vqa": Amount(2)}
+            )
         state.packs_consumed += LANES
         state.step += 1
     return norms
@@ -78,7 +80,7 @@ def test_resume_on_other_world_sizes(tmp_path: Path, before: int, after: int) ->
     )
     assert_same(resumed, whole, exact=same_size)
     assert whole["progress"]["packs_consumed"] == 6 * LANES
-    assert whole["progress"]["trained"] == {"vqa": 6 * LANES * 2}
+    assert whole["progress"]["trained"] == {"vqa": [6 * LANES * 2, 0, 0]}
     assert [lane["packs"] for lane in resumed["progress"]["lanes"]] == [6] * LANES
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from data.order import record_index
 from data.policy import PackBudget
 from data.stream import LaneStream, StreamPlan
-from data.types import LaneCursor, Sample
+from data.types import LaneCursor, Ticket
 from tests.parity.comparison import Comparison
 from tests.unit.data.toy_groups import group, plan
 
@@ -30,9 +30,9 @@ class ReplayedLane(LaneStream):
         self._draws += 1
         return next(self._numbers)
 
-    def lose(self, sample: Sample) -> None:
+    def lose(self, sample: Ticket) -> None:
         super().lose(sample)
-        self.names_of_lost.append(_name(sample.origin.group, sample.origin.position))
+        self.names_of_lost.append(_name(sample.group, sample.position))
 
 
 def run(folder: Path) -> Comparison:
@@ -54,16 +54,20 @@ def _compare(found: Comparison, name: str, scenario: Json) -> None:
             "items": [_name(o.group, o.position) for o in batch.origins],
             "sample_lens": list(batch.sample_lens),
             "sequence_length": batch.num_tokens,
-            "consumed_so_far": sum(cursor.read.values()),
+            "consumed_so_far": sum(amount.samples for amount in cursor.read.values()),
             "draws_used_so_far": cursor.draws,
-            "buffer": [_name(*waiting) for waiting in cursor.waiting],
+            "buffer": [_name(waiting.group, waiting.position) for waiting in cursor.waiting],
         }
         for key, value in expected.items():
             found.equal(f"{name}/batch{i}/{key}", ours[key], value)
     never = scenario["never_emitted"]
     found.equal(f"{name}/over_length_limit", sorted(too_long), sorted(never["over_length_limit"]))
     found.equal(f"{name}/lost", sorted(lane.names_of_lost), sorted(never["others"]))
-    found.equal(f"{name}/lost, as counted", sum(lane.cursor.lost.values()), len(never["others"]))
+    found.equal(
+        f"{name}/lost, as counted",
+        sum(amount.samples for amount in lane.cursor.lost.values()),
+        len(never["others"]),
+    )
 
 
 def _plan(scenario: Json) -> StreamPlan:

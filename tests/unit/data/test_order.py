@@ -81,7 +81,21 @@ def test_hash_is_the_same_in_every_process():
     assert order.stable_hash("a", 1) != order.stable_hash("a", "1")
 
 
-def test_packs_of_lane_counts():
-    made = Counter(order.pack_lane(p, 6) for p in range(20))
-    assert [order.packs_of_lane(lane, 6, 20) for lane in range(6)] == [made[lane] for lane in range(6)]
-    assert order.usable_world_sizes(12) == [1, 2, 3, 4, 6, 12]
+def test_the_share_of_a_lane_is_what_it_reads():
+    read = Counter(lane for lane in range(6) for n in range(9) if order.lane_position(lane, 6, n) < 20)
+    assert [order.share_of_lane(lane, 6, 20) for lane in range(6)] == [read[lane] for lane in range(6)]
+    assert [order.share_of_lane(lane, 6, 3) for lane in range(6)] == [1, 1, 1, 0, 0, 0]
+
+
+def test_the_turn_of_a_lane_is_the_same_among_some_and_among_all():
+    packs = {0: 3, 1: 1, 2: 2, 3: 1, 4: 2}
+    turns = []
+    for _ in range(20):
+        turns.append(order.next_lane(packs))
+        packs[turns[-1]] += 1
+    assert turns[:8] == [1, 3, 1, 2, 3, 4, 0, 1]
+    for some in ({0, 2}, {1, 3, 4}):
+        own = {lane: {0: 3, 1: 1, 2: 2, 3: 1, 4: 2}[lane] for lane in some}
+        for lane in (t for t in turns if t in some):
+            assert order.next_lane(own) == lane
+            own[lane] += 1

@@ -1,18 +1,22 @@
 """Which samples share a pack: what each policy promises. The published one's choices are a golden case (tests/parity)."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.ledger import Account, accounts, count_trained, format_accounts, format_lost
+from data.ledger import Account, accounts, add_amounts, count_trained, format_accounts, format_lost
 from data.policy import POLICIES, PackBudget
 from data.stream import LaneStream, make_sample
-from data.types import LaneCursor, Reject
+from data.types import Amount, LaneCursor, Reject, Ticket
 from tests.unit.data.toy_groups import fingerprint, group, mixed_groups, plan
 
 SMALL = {"expected": 60, "maximum": 70, "per_sample": 70, "max_buffer": 2, "prefer_buffer_before": 30}
+
+
+def ticket(name: str, position: int, length: int) -> Ticket:
+    """A sample of a toy group: its text and the two tokens around it; attention is causal."""
+    pairs = length * (length + 1) // 2
+    return Ticket(name, position, 0, tokens=length, planned=length, loss_tokens=length - 1, pairs=pairs)
 
 
 def compat(**changes) -> PackBudget:
@@ -31,12 +35,12 @@ def test_every_sample_is_trained_waiting_rejected_or_counted_as_lost(expected, s
         prefer_buffer_before=prefer,
     )
     stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), LaneCursor(lane=lane))
-    trained: Counter = Counter()
+    trained: dict = {}
     for _ in range(12):
         batch = stream.next_pack()
         assert 0 < batch.num_tokens <= maximum
         assert len(batch.cursor.waiting) <= buffer
-        trained += count_trained(batch)
+        add_amounts(trained, count_trained(batch))
         accounts([batch.cursor], trained)  # raises if the law does not hold
 
 
@@ -46,7 +50,7 @@ def test_a_pack_short_of_the_expected_length_has_lost_a_sample():
     short = 0
     for _ in range(60):
         batch = stream.next_pack()
-        now = sum(batch.cursor.lost.values())
+        now = sum(a.samples for a in batch.cursor.lost.values())
         assert now - lost == (batch.num_tokens < SMALL["expected"])
         lost, short = now, short + (batch.num_tokens < SMALL["expected"])
     assert short > 5
@@ -64,13 +68,13 @@ def test_a_compatible_lane_goes_on_from_any_cursor_with_the_same_bytes():
 
 
 def test_either_policy_goes_on_from_the_others_cursor():
-    cursor, trained = LaneCursor(lane=0), Counter()
+    cursor, trained = LaneCursor(lane=0), {}
     for name in ("conserving", "upstream_compat", "conserving"):
         budget = compat(policy=name)
         stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), cursor)
         for _ in range(8):
             batch = stream.next_pack()
-            trained += count_trained(batch)
+            add_amounts(trained, count_trained(batch))
         cursor = batch.cursor
         accounts([cursor], trained)
     assert cursor.lost
@@ -93,12 +97,12 @@ def test_the_published_limit_counts_what_was_left_out():
 
 def test_a_mandatory_sample_that_waits_behind_others_is_taken():
     groups = (group("long", [70] * 9), group("rare", [12] * 9, weight=0.0, mandatory=True))
-    waiting = (("long", 0), ("long", 4), ("rare", 0))
-    cursor = LaneCursor(lane=0, read={"long": 2, "rare": 1}, waiting=waiting)
+    waiting = (ticket("long", 0, 70), ticket("long", 4, 70), ticket("rare", 0, 12))
+    cursor = LaneCursor(lane=0, read={"long": Amount(2), "rare": Amount(1)}, waiting=waiting)
     budget = PackBudget(expected=60, maximum=82, per_sample=82, max_buffer=4)
     batch = LaneStream(plan(*groups, budget=budget), cursor).next_pack()
     assert [(o.group, o.position) for o in batch.origins] == [("long", 0), ("rare", 0)]
-    assert batch.cursor.waiting == (("long", 4),)
+    assert [(w.group, w.position) for w in batch.cursor.waiting] == [("long", 4)]
 
 
 def test_a_mandatory_group_of_samples_at_the_limit_ends_in_an_error():
@@ -126,10 +130,14 @@ def test_impossible_budgets_are_refused(change, message):
 
 
 def test_the_ledger_has_a_column_for_what_was_lost_if_anything_was():
-    kept = {"vqa": Account(read=10, trained=7, waiting=2, rejected=1)}
+    kept = {
+        "vqa": Account(
+            read=Amount(10), trained=Amount(7), waiting=Amount(2), rejected={"too_long": Amount(1)}
+        )
+    }
     assert format_accounts(kept) == "read = trained + waiting + rejected: vqa 10 = 7 + 2 + 1"
     assert format_lost(kept) == ""
-    both = {**kept, "edit": Account(read=30, trained=20, waiting=3, rejected=0, lost=7)}
+    both = {**kept, "edit": Account(read=Amount(30), trained=Amount(20), waiting=Amount(3), lost=Amount(7))}
     assert format_accounts(both) == (
         "read = trained + waiting + rejected + lost: vqa 10 = 7 + 2 + 1 + 0 | edit 30 = 20 + 3 + 0 + 7"
     )
@@ -137,7 +145,8 @@ def test_the_ledger_has_a_column_for_what_was_lost_if_anything_was():
     assert "(edit 7)" in format_lost(both)
 
 
-def test_a_cursor_from_before_there_was_a_lost_column_is_read():
-    state = LaneCursor(lane=2, packs=3, read={"vqa": 5}).to_json()
-    del state["lost"]
-    assert LaneCursor.from_json(state) == LaneCursor(lane=2, packs=3, read={"vqa": 5})
+def test_a_cursor_that_kept_less_is_refused():
+    state = LaneCursor(lane=2, packs=3, read={"vqa": Amount(5, 60, 55)}).to_json()
+    assert LaneCursor.from_json(state).read == {"vqa": Amount(5, 60, 55)}
+    with pytest.raises(ValueError, match="of an earlier version .* --resume_model_only True"):
+        LaneCursor.from_json({**state, "read": {"vqa": 5}})

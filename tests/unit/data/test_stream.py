@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.dataset_base import DropoutSpec, SkipSample, check_sample, finish_sample
-from data.ledger import accounts, count_trained, format_accounts, require_few_rejects
+from data.ledger import accounts, add_amounts, count_trained, format_accounts, require_few_rejects
 from data.order import sample_rng
 from data.policy import PackBudget
 from data.stream import LaneStream, make_sample
-from data.types import LaneCursor, Origin, Region, Reject, Sample, Segment
+from data.types import Amount, LaneCursor, Origin, Region, Reject, Sample, Segment, Ticket
 from tests.unit.data.toy_groups import fingerprint, group, lengths, mixed_groups, plan
 
 
@@ -24,17 +24,28 @@ def take(stream, count):
 def test_packs_keep_to_the_budget_and_lose_nothing(expected, slack, max_buffer, lane):
     budget = PackBudget(expected=expected, maximum=expected + slack, per_sample=10**6, max_buffer=max_buffer)
     stream = LaneStream(plan(budget=budget, max_reject_fraction=1.0), LaneCursor(lane=lane))
-    trained, positions = Counter(), []
+    trained, positions = {}, []
     for batch in take(stream, 12):
         assert 0 < batch.num_tokens <= budget.maximum
         assert batch.num_tokens >= expected or len(batch.cursor.waiting) >= max_buffer
-        trained += count_trained(batch)
+        add_amounts(trained, count_trained(batch))
         positions += [(o.group, o.position) for o in batch.origins]
         positions += [(r.group, r.position) for r in batch.rejects]
         accounts([batch.cursor], trained)  # raises if read != trained + waiting + rejected
-    everything = sorted(positions + list(batch.cursor.waiting))
-    read = sorted((g, lane + 4 * i) for g, n in batch.cursor.read.items() for i in range(n))
+    everything = sorted(positions + [(w.group, w.position) for w in batch.cursor.waiting])
+    read = sorted((g, lane + 4 * i) for g, n in batch.cursor.read.items() for i in range(n.samples))
     assert everything == read  # each exactly once
+
+
+def test_what_waited_and_is_another_sample_now_stops_the_run():
+    ticket = Ticket("short", 0, since=0, tokens=12, planned=12, loss_tokens=11, pairs=78)
+    cursor = LaneCursor(lane=0, read={"short": Amount(1, 12, 11)}, waiting=(ticket,))
+    same = LaneStream(plan(group("short", [12])), cursor).next_pack()
+    assert same.origins[0].position == 0 and same.sample_lens[0] == 12
+    with pytest.raises(ValueError, match="has changed meanwhile: toy.jsonl:1: the number is negative"):
+        LaneStream(plan(group("short", [-1], weight=0.0), group("other", [50] * 9)), cursor).next_pack()
+    with pytest.raises(ValueError, match="toy.jsonl:1: has 13 tokens now, had 12 when it was first read"):
+        LaneStream(plan(group("short", [13])), cursor).next_pack()
 
 
 def test_a_stream_rebuilt_from_any_cursor_goes_on_with_the_same_bytes():
@@ -50,7 +61,7 @@ def test_no_sample_waits_forever():
     # The long one fills a pack alone, and the mandatory group wants a place in every pack.
     groups = (group("short", [10] * 50, mandatory=True), group("long", [98] * 50))
     packs = take(LaneStream(plan(*groups), LaneCursor(lane=0)), 40)
-    ages = [b.cursor.read["long"] for b in packs]
+    ages = [b.cursor.read["long"].samples for b in packs]
     trained = Counter(o.group for p in packs for o in p.origins)
     assert trained["long"] >= ages[-1] - 8
 
@@ -91,21 +102,23 @@ def test_rejects_name_file_and_line_and_are_counted():
     bad[7] = -1
     settings_ = plan(group("text", bad), num_lanes=1)
     stream = LaneStream(settings_, LaneCursor(lane=0))
-    rejects, trained = [], Counter()
+    rejects, trained = [], {}
     while not rejects:
         batch = stream.next_pack()
         rejects += batch.rejects
-        trained += count_trained(batch)
+        add_amounts(trained, count_trained(batch))
     (reject,) = rejects
     assert (reject.reason, reject.message) == ("bad_number", "toy.jsonl:8: the number is negative")
-    assert batch.cursor.rejected == {"text": {"bad_number": 1}}
+    assert batch.cursor.rejected == {"text": {"bad_number": Amount(samples=1)}}
     result = accounts([batch.cursor], trained)
-    assert f"text {result['text'].read} = {result['text'].trained} + " in format_accounts(result)
+    assert f"text {result['text'].read.samples} = {result['text'].trained.samples} + " in format_accounts(
+        result
+    )
     require_few_rejects(result, {"text": 3000}, 0.001)
     with pytest.raises(ValueError, match="group 'text': 1 of .* the limit is 0"):
         require_few_rejects(result, {"text": 3000}, 0.0001)
     with pytest.raises(ValueError, match="do not belong together"):
-        accounts([batch.cursor], {**trained, "text": trained["text"] - 1})
+        accounts([batch.cursor], {**trained, "text": trained["text"] + Amount(-1)})
 
 
 @pytest.mark.parametrize("fault, reason", [("skip", "negative"), ("shape", "KeyError: 'value'")])
@@ -135,10 +148,7 @@ def test_too_long_samples_are_rejected():
 
 def test_a_cursor_of_another_mixture_is_refused():
     with pytest.raises(ValueError, match="made with a group 'gone'"):
-        LaneStream(plan(), LaneCursor(lane=0, read={"gone": 3}))
-    lost = LaneCursor(lane=0, read={"short": 1}, waiting=(("short", 0),))
-    with pytest.raises(ValueError, match="waited at the checkpoint"):
-        LaneStream(plan(group("short", [-1])), lost)
+        LaneStream(plan(), LaneCursor(lane=0, read={"gone": Amount(3)}))
 
 
 IMAGE = Segment(kind="und_image", pixels=torch.zeros(3, 8, 16, dtype=torch.uint8))

@@ -8,9 +8,9 @@ import torch
 
 from data.dataset_base import DropoutSpec, SkipSample, TaskDataset
 from data.layout import LayoutSpec
-from data.mixture import Group
+from data.mixture import Group, WhenExhausted
 from data.policy import PackBudget
-from data.readers import Record
+from data.sources import Record
 from data.stream import StreamPlan
 from data.tokens import SpecialTokens
 from data.types import PackedBatch, Sample, Segment
@@ -65,12 +65,20 @@ class NumberDataset(TaskDataset):
 
 
 def group(
-    name: str, numbers: Sequence[int], weight: float = 1.0, mandatory: bool = False, **options
+    name: str,
+    numbers: Sequence[int],
+    weight: float = 1.0,
+    mandatory: bool = False,
+    when_exhausted: WhenExhausted = "repeat",
+    epochs: int | None = None,
+    **options,
 ) -> Group:
     return Group(
         name=name,
         weight=weight,
         is_mandatory=mandatory,
+        when_exhausted=when_exhausted,
+        epochs=epochs,
         dataset=NumberDataset(**options),
         source=NumberSource(numbers),
     )
