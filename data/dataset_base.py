@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.readers import Record, SkipSample
+from data.sources.record import Record, SkipSample
 from data.tokens import Tokenizer
 from data.types import Region, Sample, Segment
 

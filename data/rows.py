@@ -5,13 +5,12 @@ counts), how it is read, what it must look like and under which reason a row is 
 names are left alone: published rows carry many notes.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
 from data.conversation import Role, Turn
-from data.readers import SkipSample
+from data.sources.record import SkipSample, parse_json
 
 REQUIRED: Any = object()
 """Default of a column that a row cannot do without."""
@@ -112,7 +111,7 @@ def as_captions(value: Any) -> tuple[str, ...]:
     """The texts of a list, of a dict, or of the JSON string of one; empty ones are left out."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as e:
             raise ValueError(f"is {_shown(value)}, no JSON") from e
     texts = list(value.values()) if isinstance(value, dict) else _as_list(value)

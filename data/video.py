@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.readers import IMAGE_ERRORS, Record, SkipSample
+from data.sources.record import IMAGE_ERRORS, Record, SkipSample
 from modeling.optional import require
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")

@@ -13,7 +13,7 @@ import numpy as np
 from data.sources.building import Arrays, Tick
 from data.sources.indexed import IndexedSource
 from data.sources.jsonl import folder_of
-from data.sources.record import Record, SkipSample, parse_json
+from data.sources.record import Record, SkipSample, parse_json, printable
 from data.sources.storage import FileStamp, FolderFetch, expand, open_stream
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class CocoSource(IndexedSource):
         if "fault" in found:
             where = f"{file.path}#{found['at']}"
             raise SkipSample("bad_entry", f"{where}: {found['fault']}; correct or remove it", where)
-        where = f"{file.path}#image {found['image']['id']}"
+        where = printable(f"{file.path}#image {found['image']['id']}")
         return Record(
             data={**found, "categories": dict(self._categories[file.path])}, where=where, fetch=self._fetch
         )

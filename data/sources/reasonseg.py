@@ -8,7 +8,7 @@ import numpy as np
 
 from data.sources.building import Arrays, Tick
 from data.sources.indexed import IndexedSource
-from data.sources.record import Record, SkipSample, brief, parse_json
+from data.sources.record import Record, SkipSample, brief, parse_json, printable
 from data.sources.storage import FileStamp, FolderFetch
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class ReasonSegSource(IndexedSource):
         end = arrays["end"]
         start = int(end[row - 1]) if row else 0
         name, picture, _ = os.fsdecode(arrays["names"][start : int(end[row])].tobytes()).split("/")
-        where = os.path.join(file.path, name).encode("utf-8", "backslashreplace").decode()
+        where = printable(os.path.join(file.path, name))
         try:
             content = self._fetch(name)
         except OSError as e:

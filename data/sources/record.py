@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What may be opened. Of Pillow's other formats one (EPS) starts a program on what it is given."""
@@ -141,7 +141,10 @@ def decode_image(content: bytes) -> Image.Image:
     """
     if content.startswith(PNG_SIGNATURE):
         _require_png_checksums(content)
-    image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("of no picture format that is read") from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{image.width}x{image.height} px are more than the limit of {limit:,} pixels")
@@ -167,15 +170,21 @@ def _require_png_checksums(content: bytes) -> None:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """JSON from outside.
+    """JSON from outside; bytes are UTF-8, with or without a mark at the start.
 
     Raises:
         ValueError: whatever is wrong with it.
     """
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
-        return json.loads(content)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def printable(text: str) -> str:
+    """A text from outside, so that it can be written as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def brief(error: BaseException) -> str:
@@ -183,4 +192,6 @@ def brief(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}"  # its own text says "line 1", whatever line of the file it is
     text = " ".join(str(error).split())
+    if type(error) is ValueError:
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
