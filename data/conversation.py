@@ -166,15 +166,17 @@ def without_images(turns: Sequence[Turn], role: Role) -> tuple[Turn, ...]:
 
 
 def show_frames(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
-    """Put `count` `<image>`s in the place of the first human turn's `<video>`.
+    """Put `count` `<image>`s in the place of the human turns' `<video>`.
 
     Raises:
-        SkipSample: `no_video_place` if no human turn has one.
+        SkipSample: `video_count` if there is none, or more than one.
     """
-    for i, turn in enumerate(turns):
-        if turn.role == "human" and VIDEO in turn.text:
-            return (*turns[:i], replace(turn, text=turn.text.replace(VIDEO, IMAGE * count)), *turns[i + 1 :])
-    raise SkipSample("no_video_place", f"the row has a video and no human turn has {VIDEO}, where it stands")
+    places = sum(turn.text.count(VIDEO) for turn in turns if turn.role == "human")
+    if places != 1:
+        raise SkipSample("video_count", f"the human turns have {places} {VIDEO}, the row has one video")
+    return tuple(
+        replace(t, text=t.text.replace(VIDEO, IMAGE * count)) if t.role == "human" else t for t in turns
+    )
 
 
 def _with_an_answer(turns: Sequence[Turn]) -> tuple[Turn, ...]:

@@ -59,9 +59,6 @@ class TaskDataset(ABC):
     source_format: ClassVar[str] = "jsonl"
     """What the class reads; a data location has it under `jsonl_path`, `tar_path`, `coco_path` or `parquet_path`."""
 
-    row: ClassVar[type | None] = None
-    """The table (`data/rows.py`) that its records have to fit; None where they are no rows of one kind."""
-
     limits_size: ClassVar[bool] = False
     """Under `upstream_compat`, large pictures are rejected, as UniMedVL's classes do."""
 

@@ -158,7 +158,6 @@ class ReferRowDataset(ReferDataset):
     """
 
     source_format: ClassVar[str] = "jsonl"
-    row = ReferRow
 
     def __init__(self, *, bbox_format: str = "xyxy", **base: Any) -> None:
         super().__init__(**base)
@@ -186,7 +185,6 @@ class ReasonSegDataset(ReferDataset):
     """
 
     source_format: ClassVar[str] = "reasonseg"
-    row = ReasonRow
 
     def __init__(self, *, box_templates: Sequence[str] = (), **base: Any) -> None:
         super().__init__(box_templates=box_templates, **base)

@@ -75,7 +75,6 @@ class ParquetT2iDataset(T2iDataset):
     """
 
     source_format: ClassVar[str] = "parquet"
-    row = CaptionedRow
 
     def read(self, record: Record) -> tuple[CaptionRow, Image.Image]:
         row = read_row(CaptionedRow, record.data)
@@ -91,7 +90,6 @@ class T2iMessageDataset(TaskDataset):
     Plan: text (droppable), text (supervised) if the answer has any, gen_image.
     """
 
-    row = DrawRow
     needs = ("vae",)
     limits_size = True
 

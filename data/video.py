@@ -140,6 +140,7 @@ def _read_animation(
     content = record.read_file(name, "video")
     try:
         with Image.open(io.BytesIO(content), formats=("GIF", "WEBP", "PNG")) as picture:
+            picture.load()  # of a WebP, the first frame's duration is known only then
             count = int(getattr(picture, "n_frames", 1))
             duration_ms = float(picture.info.get("duration") or 0)
             frames = []

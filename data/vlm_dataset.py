@@ -54,7 +54,6 @@ class VlmDataset(TaskDataset):
         upstream_compat: every turn's first `<image>` is the row's first picture again, and a `<image>` too many is nothing.
     """
 
-    row = TalkRow
     image_transform_role: ClassVar[Tower] = "vit"
     needs: ClassVar[tuple[Tower, ...]] = ("vit",)
     drops_image: ClassVar[bool] = False

@@ -45,7 +45,6 @@ class EditDataset(TaskDataset):
             last, and `<image>` stays in the texts, letter by letter.
     """
 
-    row = EditRow
     needs = ("vit", "vae")
     limits_size = True
     draws_first: ClassVar[bool] = False

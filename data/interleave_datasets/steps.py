@@ -31,7 +31,6 @@ class StepsDataset(TaskDataset):
     """
 
     source_format = "parquet"
-    row = StepsRow
     needs = ("vit", "vae")
 
     def __init__(self, *, draws: int = 1, **base: Any) -> None:
