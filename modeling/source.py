@@ -129,23 +129,13 @@ def read_source(
             "say so with --from_scratch True, or leave --llm_path out to take the weights of --model_path"
         )
     fresh_vit = vit_dir is not None and from_scratch and is_huggingface(vit_dir)
+    # With --from_scratch the files alone describe the model: what flags say may differ from weights that are not read.
     weights = None if from_scratch else _weights(root)
     said = _Said(llm={}, vit={}, bagel={})
     own = _read_directory(said, root, needs_llm=llm_dir is None, needs_vit=not fresh_vit)
     if weights is not None:
         _put_stored(said, weights, own)
-    fresh = set()
-    if llm_dir is not None:
-        said.put("llm", {**read_llm_config(llm_dir), **FRESH["llm"]}, f"{llm_dir}/config.json")
-        fresh |= {("llm", key) for key in FRESH["llm"]}
-    if fresh_vit and vit_dir is not None:
-        said.put("vit", {**read_vit_config(vit_dir), **FRESH["vit"]}, f"{vit_dir}/config.json")
-        said.put("bagel", {"vit_select_layer": FRESH["bagel"]["vit_select_layer"]}, "")
-        fresh |= {("vit", "rope"), ("bagel", "vit_select_layer")}
-    if llm_dir is not None or fresh_vit:
-        fresh |= {(part, key) for part, key in FLAGS.values() if part == "bagel"}
-        said.bagel = {"max_latent_size": FRESH["bagel"]["max_latent_size"], **said.bagel}
-    _put_flags(said, given, fresh)
+    _put_flags(said, given, _put_fresh(said, llm_dir, vit_dir if fresh_vit else None))
     said.vit["num_hidden_layers"] = _vit_depth(said, weights, own, root)
     said.bagel.pop("vit_select_layer", None)
     if fresh_vit and "vit_max_num_patch_per_side" not in said.bagel:
@@ -222,6 +212,22 @@ def _put_stored(said: _Said, weights: Weights, own: bool) -> None:
                 "%s: %s says %s, the weights show %s, which counts", said.by[part, key], key, held[key], value
             )
             said.put(part, {key: value}, by)
+
+
+def _put_fresh(said: _Said, llm_dir: Path | None, vit_dir: Path | None) -> set[tuple[str, str]]:
+    """What the Hugging Face directories of fresh parts say; returns the keys that flags may say otherwise."""
+    fresh = set()
+    if llm_dir is not None:
+        said.put("llm", {**read_llm_config(llm_dir), **FRESH["llm"]}, f"{llm_dir}/config.json")
+        fresh |= {("llm", key) for key in FRESH["llm"]}
+    if vit_dir is not None:
+        said.put("vit", {**read_vit_config(vit_dir), **FRESH["vit"]}, f"{vit_dir}/config.json")
+        said.bagel["vit_select_layer"] = FRESH["bagel"]["vit_select_layer"]
+        fresh |= {("vit", key) for key in FRESH["vit"]}
+    if llm_dir is not None or vit_dir is not None:
+        said.bagel.setdefault("max_latent_size", FRESH["bagel"]["max_latent_size"])
+        fresh |= {(part, key) for part, key in FLAGS.values() if part == "bagel"}
+    return fresh
 
 
 def _put_flags(said: _Said, flags: Mapping[str, Any], fresh: set[tuple[str, str]]) -> None:

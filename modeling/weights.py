@@ -35,14 +35,12 @@ class Weights:
         shapes: key -> shape of what a model takes from here.
         dtypes: key -> precision, of the tables too; counters and the like have none.
         tables: key -> shape of the stored position tables. They can be read and need not be.
-        origins: key -> (file, key there).
     """
 
     name: Path
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
     tables: Mapping[str, tuple[int, ...]]
-    origins: Mapping[str, tuple[Path, str]]
     _read: Callable[[str], Tensor]
 
     def read(self, key: str) -> Tensor:
@@ -86,7 +84,6 @@ class Weights:
             shapes={new: shape(new, old) for new, old in names.items()},
             dtypes={new: self.dtypes[old] for new, old in names.items() if old in self.dtypes},
             tables=self.tables,
-            origins={new: self.origins[old] for new, old in names.items()},
             _read=read,
         )
 
@@ -132,7 +129,6 @@ def open_weights(file: Path) -> Weights:
         shapes=shapes,
         dtypes=dtypes,
         tables=tables,
-        origins=places,
         _read=lambda key: stores[places[key][0]].get_tensor(places[key][1]),
     )
 

@@ -189,7 +189,6 @@ def open_step(args: argparse.Namespace) -> Opened:
         shapes={name: tensors.shapes[n] for name, n in places.items() if name not in TABLES},
         dtypes={name: tensors.dtypes[n] for name, n in places.items()},
         tables={name: tensors.shapes[n] for name, n in places.items() if name in TABLES},
-        origins={name: (step, n) for name, n in places.items()},
         _read=lambda name: tensors.read(places[name]),
     )
     origin = {"run": flags.get("results_dir", step.parent.name), "step": int(step.name)}
