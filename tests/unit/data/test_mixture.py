@@ -232,3 +232,114 @@ def test_locations_from_python(write, tmp_path):
     info = {"talk": {"c": {"data_dir": "/data", "jsonl_path": "/data/c.jsonl", "num_total_samples": 1000}}}
     (spec,) = load(write(talk=talk(dataset_names=["c"])), info)
     assert spec.sources[0].location == {"data_dir": "/data", "jsonl_path": "/data/c.jsonl"}
+
+
+# ------------------------------------------------------------------------------------- the published code's lists
+
+
+@pytest.mark.parametrize(
+    "used, names, expected",
+    [
+        ([3], "ab", [(0, 3)]),  # a short list drops the names beyond it
+        ([3, 4, 5], "ab", [(0, 3), (0, 4)]),
+        ([3, 4], "a", [(0, 3)]),
+        (3, "ab", [(0, 3), (0, 3)]),
+        ({"a": [2, 7]}, "ab", [(2, 7), (0, None)]),
+    ],
+)
+def test_num_used_data_as_published(used, names, expected):
+    assert used_ranges(used, list(names), "f: g.num_used_data", as_published=True) == expected
+
+
+def test_what_a_short_list_leaves_out_is_said(write, caplog):
+    short = talk(dataset_names=["a", "b"], num_used_data=[3])
+    with pytest.raises(ValueError, match=r"num_used_data: \[3\] fits none of: a number; one per name \(2\)"):
+        load(write(talk=short))
+    (group,) = load(write(talk={**short, "upstream_compat": True}))
+    assert [s.dataset for s in group.sources] == ["a"] and "no number for b; not used" in caplog.text
+    assert group.options["upstream_compat"] is True
+
+
+def test_a_class_is_told_of_upstream_compat_only_if_it_asks(write):
+    class Deaf(TaskDataset):
+        def __init__(self, *, tokenizer, vit_transform=None, vae_transform=None):
+            super().__init__(tokenizer=tokenizer)
+
+        def to_sample(self, record, rng) -> Sample:
+            raise NotImplementedError
+
+    file = write(talk={"dataset_names": ["a"], "upstream_compat": True})
+    (spec,) = load_mixture(file, {**REGISTRY, "talk": Deaf}, {})
+    assert spec.options == {} and build_groups([spec], None)[0].dataset.upstream_compat is False
+
+
+@pytest.mark.parametrize("key", ["is_mandatory", "shuffle_lines", "upstream_compat", "resume_data_status"])
+def test_switches_are_true_or_false(write, key):
+    with pytest.raises(ValueError, match=f"talk.{key}: expected true or false, found 'yes'"):
+        load(write(talk=talk(**{key: "yes"})))
+
+
+def test_a_seed_is_a_number(write):
+    with pytest.raises(ValueError, match="talk.shuffle_seed: expected a whole number, found 'x'"):
+        load(write(talk=talk(shuffle_lines=True, shuffle_seed="x")))
+
+
+def test_that_the_data_state_is_always_resumed_is_said(write, caplog):
+    load(write(talk=talk(resume_data_status=True)))
+    assert "resume_data_status" not in caplog.text
+    load(write(talk=talk(resume_data_status=False)))
+    assert "talk.resume_data_status: false has no effect" in caplog.text
+
+
+def test_transforms_without_a_use_are_said(write, caplog):
+    caplog.set_level("INFO")
+    load(write(talk=talk(image_transform_args=VIT)))
+    assert "talk.image_transform_args: not used, talk needs no pictures for the VAE" in caplog.text
+
+
+class RowDataset(TaskDataset):
+    """Reads Parquet."""
+
+    source_format = "parquet"
+
+    def to_sample(self, record, rng) -> Sample:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    """Writes a mixture over three files of 3, 1 and 2 records; gives their numbers in the order of the group."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for name, rows in (("x0", [0, 1, 2]), ("x1", [3]), ("x2", [4, 5])):
+        parquet.write_table(arrow.table({"i": rows}), tmp_path / f"{name}.parquet")
+
+    def records_of(used, **changes):
+        entry = {"dataset_names": ["a"], "num_used_data": used, **changes}
+        info = {"rows": {"a": {"data_dir": "."}}}
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"dataset_info": info, "rows": entry}))
+        (group,) = build_groups(load_mixture(tmp_path / "mix.yaml", {"rows": RowDataset}, {}), None)
+        return records(group)
+
+    return records_of
+
+
+@pytest.mark.parametrize(
+    "used, expected",
+    [
+        ([0], [0, 1, 2, 3, 4, 5]),
+        ([2], [0, 1, 2, 3]),
+        ([3], [0, 1, 2, 3, 4, 5]),
+        ([5], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]),
+        ([1, 3], [3, 4, 5]),
+    ],
+)
+def test_num_used_data_counts_files_of_parquet(write_parquet, used, expected):
+    assert write_parquet(used) == expected
+
+
+def test_files_that_are_not_there_and_files_in_random_order_are_refused(write_parquet):
+    with pytest.raises(ValueError, match="a: file 3 was asked for, there are 3; change 'num_used_data'"):
+        write_parquet([3, 5])
+    with pytest.raises(ValueError, match="rows.shuffle_lines: num_used_data counts files here"):
+        write_parquet([2], shuffle_lines=True)
+    assert sorted(write_parquet([0], shuffle_lines=True)) == [0, 1, 2, 3, 4, 5]
