@@ -37,5 +37,7 @@ DATASET_REGISTRY: dict[str, type[TaskDataset]] = {
 DATASET_INFO: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     # Registry key -> data set name -> its places, as published:
     #   "vlm_sft": {"my_vqa": {"data_dir": "/data/vqa", "jsonl_path": "/data/vqa/train.jsonl"}}
+    #   "t2i_pretrain": {"my_pictures": {"data_dir": "/data/pictures"}}  (a folder of .parquet files)
+    #   "unified_edit": {"my_edits": {"data_dir": "/data/edits", "parquet_info_path": "/data/edits.json"}}
     # It is empty because the YAML's own `dataset_info:` block takes the same form and needs no change of Python.
 }

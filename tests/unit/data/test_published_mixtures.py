@@ -1,13 +1,20 @@
 """Published mixture YAMLs, as their owners have them, give the groups that the published code makes of them."""
 
+import io
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from data.dataset_info import DATASET_REGISTRY
-from data.mixture import GroupSpec, load_mixture
+from data.layout import LayoutSpec
+from data.mixture import GroupSpec, build_groups, load_mixture
+from data.policy import PackBudget
+from data.stream import StreamPlan, make_sample
+from data.types import Sample
 
 MIXTURES = Path(__file__).parents[2] / "golden" / "mixtures"
 
@@ -120,3 +127,89 @@ def test_every_published_class_has_its_name():
         "CounterfactualMedicalIterableDataset_ver1", "T2IIterableDataset_Ver1",
     }  # fmt: skip
     assert published <= set(DATASET_REGISTRY)
+
+
+# --------------------------------------------------------------------------------------- from the file to the sample
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+
+def said(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+TALK = {"input_img": [{"path": "/a.png", "height": 32, "width": 32}], "message": said("<image> q", "a")}
+PAIR = {**TALK, "output_img": [{"path": "b.png"}], "main_task_type": "restoration"}
+JSONL_ROWS = {
+    "vlm_sft": [
+        {"image": "a.png", "conversations": said("<image>\nq", "a")},
+        {"video": "clip/", "conversations": said("<video> q", "a")},
+    ],
+    "SftJSONLIterableDataset_Ver1": [TALK],
+    "SftJSONLIterableDataset_with_VisualReconstruction_Ver1": [TALK],
+    "SftJSONLIterableDataset_with_VisualReconstruction_Ver2": [TALK],
+    "SftJSONLIterableDataset_TextOnly": [TALK],
+    "MedicalImageEditingIterableDataset_ver1": [PAIR],
+    "CounterfactualMedicalIterableDataset_ver1": [PAIR],
+    "T2IIterableDataset_Ver1": [PAIR, TALK],
+}  # fmt: skip
+PARQUET_COLUMNS = {
+    "t2i_pretrain": {"image": [png(1), png(2)], "captions": ['{"a": "x", "b": "y"}'] * 2},
+    "unified_edit": {
+        "image_list": [[png(1), png(2), png(3)]],
+        "instruction_list": [[["make it 2", "to 2"], ["make it 3"]]],
+    },
+}
+
+
+def write_data(folder: Path, kind: str) -> dict[str, str]:
+    """One data set of published rows in the published places; gives its location."""
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(png(7))
+    (folder / "clip").mkdir()
+    for n in range(3):
+        Image.new("RGB", (32, 32)).save(folder / "clip" / f"frame_{n}.jpg")
+    if kind in JSONL_ROWS:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in JSONL_ROWS[kind]))
+        return {"data_dir": ".", "jsonl_path": "rows.jsonl"}
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table(PARQUET_COLUMNS[kind]), folder / "rows.parquet")
+    if kind == "t2i_pretrain":
+        return {"data_dir": "."}
+    (folder / "info.json").write_text(json.dumps({"/elsewhere/rows.parquet": {"num_row_groups": 1}}))
+    return {"data_dir": ".", "parquet_info_path": "info.json"}
+
+
+@pytest.mark.parametrize("kind", [*JSONL_ROWS, *PARQUET_COLUMNS])
+@pytest.mark.parametrize("as_published", [False, True])
+def test_published_rows_become_samples(tmp_path, tokenizer, kind, as_published):
+    transform = {"image_stride": 16, "max_image_size": 32, "min_image_size": 32}
+    entry = {
+        "dataset_names": {"part": ["mine"]},
+        "num_used_data": {"part": [0]},
+        "upstream_compat": as_published,
+        "image_transform_args": transform,
+        "vit_image_transform_args": {**transform, "image_stride": 8},
+    }
+    if kind == "vlm_sft":
+        entry |= {
+            "image_transform_args": entry.pop("vit_image_transform_args"),
+            "frame_sampler_args": {"max_num_frames": 8},
+        }
+    content = {"dataset_info": {kind: {"mine": write_data(tmp_path, kind)}}, kind: entry}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(content))
+    groups = build_groups(load_mixture(tmp_path / "mix.yaml"), tokenizer)
+    budget = PackBudget(expected=1000, maximum=2000, per_sample=1000)
+    layout = LayoutSpec(vit_patch_size=8, latent_stride=16)
+    plan = StreamPlan(groups=groups, layout=layout, special=tokenizer.special, budget=budget, seed=1)
+    (group,) = groups
+    assert group.name == f"{kind}_part" and len(group.source) == len(
+        (JSONL_ROWS | {"t2i_pretrain": "12"}).get(kind, "1")
+    )
+    for position in range(3):
+        made = make_sample(plan, group, 0, position)
+        assert isinstance(made, Sample), made
