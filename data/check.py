@@ -7,6 +7,7 @@ weights. What is looked for is the table in `data/checks.py`. Exit code: 0 clean
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -25,8 +26,8 @@ from data.checks import CHECKS, SEVERITIES
 from data.inspect import add_plan_flags, stream_plan
 from data.mixture import Group, GroupSpec, build_groups, load_mixture
 from data.prediction import Prediction, predict
-from data.readers import ConcatSource
 from data.scan import COLUMNS, Found, Place, Scan, scan_groups
+from data.sources import ConcatSource
 from data.stream import StreamPlan
 from data.tokens import Tokenizer
 
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.getLogger("data").setLevel(logging.ERROR)  # its warnings are faults here
     try:
+        _require_numbers(args)
         tokenizer = Tokenizer(args.model_path)
         report = check(args, tokenizer)
         if args.html:
@@ -281,7 +283,8 @@ def _group_faults(
 
     if group.weight == 0 and not group.is_mandatory:
         yield "never_drawn", one("weight 0")
-    elif scan.records < plan.num_lanes:
+        return
+    if scan.records < plan.num_lanes:
         yield "tiny_group", one(f"{scan.records:,} records on {plan.num_lanes} lanes")
     unusable = scan.looked_at - scan.usable
     if unusable > int(plan.max_reject_fraction * scan.looked_at):
@@ -407,15 +410,18 @@ def text_lines(report: Report, show: int) -> Iterator[str]:
     yield from _aligned(list(group_rows(report)))
     yield ""
     yield packs_line(report)
-    for fault in report.faults:
+    for kind, faults in itertools.groupby(report.faults, key=lambda fault: fault.kind):
+        of_kind = list(faults)
         yield ""
-        of = f" in group {fault.group}" if fault.group else ""
-        yield f"{fault.severity.upper()} {fault.kind}: {fault.count:,}{of}: {CHECKS[fault.kind].title}"
-        yield f"  do: {CHECKS[fault.kind].remedy}"
-        width = max((len(place.where) for place in fault.first), default=0)
-        yield from (f"  {place.where.ljust(width)}  {place.message}" for place in fault.first[:show])
-        if more := fault.count - len(fault.first[:show]):
-            yield f"  and {more:,} more"
+        check, severity = CHECKS[kind], of_kind[0].severity
+        yield f"{severity.upper()} {kind}: {check.title}"
+        yield f"  do: {check.remedy}"
+        width = max((len(place.where) for fault in of_kind for place in fault.first), default=0)
+        for fault in of_kind:
+            named = fault.first[:show]
+            yield from (f"  {place.where.ljust(width)}  {place.message}" for place in named)
+            if more := fault.count - len(named):
+                yield f"  and {more:,} more in {fault.group}"
 
 
 def summary(report: Report) -> str:
@@ -496,6 +502,18 @@ class _Progress:
         end = "\n" if not terminal or done == total else ""
         sys.stderr.write(f"\r{line}{end}" if terminal else f"{line}{end}")
         sys.stderr.flush()
+
+
+def _require_numbers(args: argparse.Namespace) -> None:
+    for name, low in (
+        ("samples", 1),
+        ("packs_per_step", 1),
+        ("show", 0),
+        ("num_workers", 0),
+        ("num_lanes", 1),
+    ):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {low}")
 
 
 def _parser() -> argparse.ArgumentParser:

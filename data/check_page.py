@@ -54,7 +54,7 @@ def render(report: Report, tokenizer: Tokenizer) -> str:
             _table(report),
             _faults(report.faults),
             *(_group_section(report.plan, group, tokenizer) for group in groups),
-            _attention(report.plan, tokenizer),
+            _attention(report, tokenizer),
         )
     )
     title = f"Check of {report.file.name}"
@@ -138,7 +138,10 @@ def _fault(fault: Fault) -> str:
 
 
 def _group_section(plan: StreamPlan, group: Group, tokenizer: Tokenizer) -> str:
-    cards = "".join(_card(sample, plan, tokenizer) for sample in _first_samples(plan, group))
+    try:
+        cards = "".join(_card(sample, plan, tokenizer) for sample in _first_samples(plan, group))
+    except ValueError as e:  # the transform does not suit the model, or a file vanished
+        cards = f'<p class="note">{escape(str(e))}</p>'
     shown = f'<div class="cards c2">{cards}</div>' if cards else '<p class="note">No usable record found.</p>'
     about = (
         f"{type(group.dataset).__name__}, {len(group.source):,} records, weight {group.weight:g}"
@@ -269,9 +272,11 @@ def _text(sample: Sample, place: int, tokenizer: Tokenizer, colour_of: dict[int,
 # ------------------------------------------------------------------------------------------------- attention
 
 
-def _attention(plan: StreamPlan, tokenizer: Tokenizer) -> str:
+def _attention(report: Report, tokenizer: Tokenizer) -> str:
+    usable = tuple(group for group in report.plan.groups if report.scans[group.name].usable)
+    plan = replace(report.plan, groups=usable, max_reject_fraction=1.0)
     try:
-        stream = LaneStream(replace(plan, max_reject_fraction=1.0), LaneCursor(lane=0))
+        stream = LaneStream(plan, LaneCursor(lane=0))
         samples = stream.next_samples()
     except ValueError as e:
         return f'<section id="attention"><h2>Attention</h2><p class="note">No pack: {escape(str(e))}</p></section>'

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.conversation import IMAGE, read_image_names
-from data.dataset_base import SkipSample
-from data.readers import Record
+from data.conversation import IMAGE
+from data.sources import Record
 from data.tokens import Tokenizer
 from data.types import Sample
 
@@ -121,18 +120,18 @@ def _box(what: str, box: Any, size: tuple[int, int]) -> Iterator[tuple[str, list
 
 
 def _size(look: Look, place: Any) -> tuple[int, int]:
-    row = look.record.data
-    image = row.get("image")
-    try:
-        if "annotations" in row and isinstance(image, dict):
-            names = read_image_names(image, "file_name")
-        else:
-            names = read_image_names(row, "input_img", "image")
-    except SkipSample:
-        return 0, 0
+    names = [name for name, _ in _named_pictures(look.record.data, ("input_img", "image"))]
     if not isinstance(place, int) or not 0 <= place < len(names) or names[place] not in look.pictures:
         return 0, 0
     return look.pictures[names[place]].size
+
+
+def _named_pictures(row: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """Name and entry of the pictures under the first of the keys that the row has."""
+    value: Any = next((row[key] for key in keys if row.get(key)), [])
+    entries = value if isinstance(value, list) else [value]
+    named = ((e.get("path", e.get("file_name")) if isinstance(e, dict) else e, e) for e in entries)
+    return [(name, entry) for name, entry in named if isinstance(name, str)]
 
 
 def box_scale(look: Look) -> str | None:
@@ -180,19 +179,12 @@ def _corners(box: list[float]) -> str:
 
 def declared_size(look: Look) -> str | None:
     row = look.record.data
-    image = row.get("image")
-    entries: list[Any] = [image] if isinstance(image, dict) else []
-    for key in ("input_img", "output_img"):
-        given = row.get(key)
-        entries += given if isinstance(given, list) else [given]
-    for entry in entries:
-        if not isinstance(entry, dict):
-            continue
-        seen = look.pictures.get(str(entry.get("path", entry.get("file_name"))))
-        declared = (entry.get("width"), entry.get("height"))
-        if seen and all(seen.size) and None not in declared and declared != seen.size:
-            name = entry.get("path", entry.get("file_name"))
-            return f"{name} is {seen.size[0]}x{seen.size[1]} px, the row says {declared[0]}x{declared[1]}"
+    for keys in (("input_img", "image"), ("output_img",)):
+        for name, entry in _named_pictures(row, keys):
+            seen = look.pictures.get(name)
+            declared = (entry.get("width"), entry.get("height")) if isinstance(entry, dict) else (None, None)
+            if seen and all(seen.size) and None not in declared and declared != seen.size:
+                return f"{name} is {seen.size[0]}x{seen.size[1]} px, the row says {declared[0]}x{declared[1]}"
     return None
 
 
@@ -228,15 +220,6 @@ def blank_picture(look: Look) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ texts of rows
-
-
-def literal_image(look: Look) -> str | None:
-    for segment in look.sample.segments if look.sample else ():
-        if segment.kind == "text":
-            text = look.tokenizer.decode(segment.ids, keep_special=True)
-            if IMAGE in text:
-                return f"the model gets the letters {IMAGE} in {text[:60]!r}"
-    return None
 
 
 def framing_token(look: Look) -> str | None:
@@ -295,9 +278,9 @@ CHECKS: Mapping[str, Check] = {
     # What the trainer rejects.
     "bad_json": Check(
         severity="error",
-        title="lines or members that do not parse",
-        remedy="correct or remove the line",
-        reasons=("bad_json", "truncated"),
+        title="lines, members or cells that do not parse",
+        remedy="correct or remove them; if they were cut short, fetch the file again",
+        reasons=("bad_json", "bad_entry", "bad_row_group", "bad_tar", "missing_file", "truncated"),
     ),
     "schema": Check(
         severity="error",
@@ -307,23 +290,39 @@ CHECKS: Mapping[str, Check] = {
             "bad_message",
             "bad_image_list",
             "bad_objects",
+            "bad_task",
+            "bad_video",
             "broken_record",
-            "unknown_category",
-            "no_expression",
             "no_caption",
+            "no_expression",
+            "no_instruction",
+            "video_count",
+            "unknown_category",
         ),
-    ),  # fmt: skip
+    ),
     "missing_picture": Check(
         severity="error",
-        title="pictures that are missing",
+        title="pictures or videos that are missing",
         remedy="restore the files, correct data_dir, or remove the rows",
-        reasons=("missing_image",),
+        reasons=("missing_image", "missing_video"),
     ),
     "bad_picture": Check(
         severity="error",
         title="pictures that are truncated or no pictures",
         remedy="fetch the files again, or remove the rows",
         reasons=("bad_image",),
+    ),
+    "too_large": Check(
+        severity="error",
+        title="pictures or records larger than may be read",
+        remedy="make them smaller; a small file that claims a huge picture is damaged or hostile",
+        reasons=("too_large",),
+    ),
+    "unsafe_path": Check(
+        severity="error",
+        title="names that lead out of the data directory or the archive",
+        remedy="name files relative to data_dir and below it; write such shards again",
+        reasons=("unsafe_path", "unsafe_member"),
     ),
     "image_count": Check(
         severity="error",
@@ -369,9 +368,9 @@ CHECKS: Mapping[str, Check] = {
     ),
     "over_budget": Check(
         severity="error",
-        title="samples longer than the limit",
-        remedy="raise --max_num_tokens_per_sample, or lower max_image_size or max_turns",
-        reasons=("too_long",),
+        title="samples longer or costlier than the limit",
+        remedy="raise --max_num_tokens_per_sample (or --max_attention_pairs), or lower max_image_size or max_turns",
+        reasons=("too_long", "too_costly"),
         find=over_budget,
     ),
     "unusable": Check(
@@ -423,12 +422,6 @@ CHECKS: Mapping[str, Check] = {
         title="conversations without pictures that both mixtures have",
         remedy="remove them from one of the two",
     ),
-    "literal_image": Check(
-        severity="warning",
-        title=f"texts in which {IMAGE} stays as letters",
-        remedy=f"remove the {IMAGE}, or name its picture in the row",
-        find=literal_image,
-    ),
     "framing_token": Check(
         severity="warning",
         title="texts that write the model's own framing tokens",
@@ -474,7 +467,12 @@ CHECKS: Mapping[str, Check] = {
 }
 """Kind -> what it is. Of one severity, the first row is the worst."""
 
-KIND_OF_REASON: Mapping[str, str] = {reason: kind for kind, c in CHECKS.items() for reason in c.reasons}
+_KIND_OF_REASON: Mapping[str, str] = {reason: kind for kind, c in CHECKS.items() for reason in c.reasons}
+
+
+def kind_of(reason: str) -> str:
+    """The kind of a rejected record's fault."""
+    return _KIND_OF_REASON.get(reason, "unusable")
 
 
 def find_faults(look: Look, rejected: tuple[str, str] | None) -> dict[str, str]:
@@ -486,7 +484,7 @@ def find_faults(look: Look, rejected: tuple[str, str] | None) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     if rejected is not None:
-        found[KIND_OF_REASON.get(rejected[0], "unusable")] = rejected[1]
+        found[kind_of(rejected[0])] = rejected[1]
     for kind, check in CHECKS.items():
         message = check.find(look) if check.find else None
         if message is not None:

@@ -19,7 +19,7 @@ from data.sources import Record
 from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor, Sample
 
-PACKS, LANES, SAMPLES = 256, 8, 20_000
+PACKS, LANES, SAMPLES = 128, 8, 20_000
 """What is simulated: so many packs of so many lanes, or fewer when so many samples are in packs."""
 
 
@@ -57,11 +57,11 @@ def predict(plan: StreamPlan, scans: Mapping[str, Scan], packs_per_step: int) ->
         packs_per_step: ranks times accumulation.
 
     Raises:
-        ValueError: if a group gives no usable sample, or nothing fits a pack.
+        ValueError: if nothing can be packed.
     """
-    outlined = tuple(
-        _outlined(group, scans[group.name]) for group in plan.groups if scans[group.name].outlines
-    )
+    outlined = tuple(_outlined(group, scans[group.name]) for group in plan.groups if scans[group.name].usable)
+    if not any(group.weight for group in outlined):
+        raise ValueError("no group that is drawn has a usable record")
     lifted = replace(plan, groups=outlined, max_reject_fraction=1.0)
     lanes = [LaneStream(lifted, LaneCursor(lane=lane)) for lane in range(min(LANES, plan.num_lanes))]
     filled: list[int] = []
@@ -69,6 +69,8 @@ def predict(plan: StreamPlan, scans: Mapping[str, Scan], packs_per_step: int) ->
     samples: Counter[str] = Counter()
     while len(filled) < PACKS and samples.total() < SAMPLES:
         packed = lanes[len(filled) % len(lanes)].next_samples()
+        if not packed:  # groups that are read a number of times only, and have been
+            break
         lengths = [num_tokens(sample, plan.layout) for sample in packed]
         filled.append(sum(lengths))
         for sample, length in zip(packed, lengths, strict=True):

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.checks import Look, Seen, find_faults
+from data.checks import Look, Seen, find_faults, kind_of
 from data.dataset_base import DropoutSpec
-from data.layout import lay_out, segment_tokens
+from data.layout import loss_tokens, segment_tokens
 from data.mixture import Group
 from data.order import permute, stable_hash
-from data.policy import PackBudget
-from data.readers import IMAGE_ERRORS, Record, Source
+from data.sources import Record, Source, SourceLost
+from data.sources.record import IMAGE_ERRORS
 from data.stream import StreamPlan, make_sample
 from data.tokens import Tokenizer
 from data.types import Kind, Reject, Sample, Segment
 
 COLUMNS = ("all", "text", "und", "cond", "gen", "loss")
-"""Token counts of a sample: in a pack; by the kind of segment, markers included; labels and latent tokens with a loss."""
+"""Token counts of a sample: in a pack; by the kind of segment, markers included; predictions it is trained on."""
 
 KINDS: Mapping[Kind, str] = {"text": "text", "und_image": "und", "cond_image": "cond", "gen_image": "gen"}
 
@@ -221,13 +221,23 @@ class _Watched:
         self.record, self.pictures = None, {}
         record = self._source.read(index)
 
-        def fetch(name: str) -> bytes:
-            content = record.fetch(name)
-            self.pictures[name] = look_at_picture(content)
-            return content
-
-        self.record = replace(record, fetch=fetch)
+        self.record = replace(record, fetch=_WatchedFetch(record.fetch, self.pictures))
         return self.record
+
+
+class _WatchedFetch:
+    """A record's `fetch` that notes what it read."""
+
+    def __init__(self, fetch: Callable[[str], bytes], pictures: dict[str, Seen]):
+        self._fetch, self._pictures = fetch, pictures
+
+    def __call__(self, name: str) -> bytes:
+        content = self._fetch(name)
+        self._pictures[name] = look_at_picture(content)
+        return content
+
+    def __getattr__(self, name: str) -> Any:  # some can list folders
+        return getattr(self._fetch, name)
 
 
 class _Scanner:
@@ -239,7 +249,7 @@ class _Scanner:
         self.plan = replace(
             plan,
             groups=tuple(replace(group, source=_Watched(group.source)) for group in plan.groups),
-            budget=PackBudget(expected=endless, maximum=endless, per_sample=endless),
+            budget=replace(plan.budget, expected=endless, maximum=endless, per_sample=endless),
             dropout=DropoutSpec(),
         )
 
@@ -263,9 +273,10 @@ class _Scanner:
         assert isinstance(source, _Watched)
         try:
             made = make_record_sample(self.plan, group, index)
-        except ValueError as e:  # the transform does not suit the model
+        except ValueError as e:  # a file that vanished, or a transform that does not suit the model
             where = source.record.where if source.record else group.name
-            scan.add("transform", Place(index, where, _without(str(e), where)), self.keep)
+            kind = "missing_source" if isinstance(e, SourceLost) else "transform"
+            scan.add(kind, Place(index, where, _without(str(e), where)), self.keep)
             scan.outlines.append(None)
             return []
         rejected = (made.reason, made.message) if isinstance(made, Reject) else None
@@ -273,9 +284,7 @@ class _Scanner:
         counts = [] if sample is None else self._count(sample)
         if source.record is None:
             assert isinstance(made, Reject)
-            faults, where = {"bad_json": made.message}, made.where
-            if made.reason not in ("bad_json", "truncated"):
-                faults = {"unusable": made.message}
+            faults, where = {kind_of(made.reason): made.message}, made.where
         else:
             where = source.record.where
             look = Look(
@@ -301,9 +310,7 @@ class _Scanner:
             tokens = segment_tokens(segment, self.plan.layout)
             by_kind["all"] += tokens
             by_kind[KINDS[segment.kind]] += tokens
-            laid = lay_out(segment, self.plan.layout, self.plan.special)
-            noised = laid.patch_hw[0] * laid.patch_hw[1] if segment.kind == "gen_image" else 0
-            by_kind["loss"] += len(laid.label_ids) + noised
+        by_kind["loss"] = loss_tokens(sample, self.plan.layout)
         return list(by_kind.values())
 
 
@@ -372,7 +379,7 @@ def _hash64(content: bytes) -> int:
 def _without(message: str, where: str) -> str:
     """The message without the place it begins with: that is shown beside it."""
     message = " ".join(message.split())
-    return message.partition(f"{where}: ")[2] or message
+    return message.partition(where)[2].lstrip(": ") or message
 
 
 # --------------------------------------------------------------------------------------------------- outlines
