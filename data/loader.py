@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.order import lanes_of, next_lane
 from data.packing import pack
+from data.sources import SourceLost
 from data.stream import LaneStream, StreamPlan
 from data.types import NO_LANE, LaneCursor, PackedBatch
 
@@ -162,15 +163,13 @@ class LaneStreams(IterableDataset[Any]):
 class WorkerFailure:
     """An error on its way from a worker to the trainer."""
 
-    is_user_error: bool
+    kind: type[Exception]
     message: str
     trace: str
 
     def error(self) -> Exception:
         """The error to raise: its message is the worker's one line, its notes say where it happened."""
-        error = (
-            ValueError(self.message) if self.is_user_error else RuntimeError(f"data worker: {self.message}")
-        )
+        error = self.kind(self.message)
         error.add_note(self.trace)
         return error
 
@@ -229,10 +228,12 @@ def _messages(packs: Iterator[PackedBatch]) -> Iterator[bytes | WorkerFailure]:
         for batch in packs:
             yield to_bytes(batch)
     except Exception as e:  # noqa: BLE001 - whatever it is, the trainer has to hear of it
-        user_error = isinstance(e, ValueError)
-        message = " ".join(str(e).split())
-        message = message if user_error else f"{type(e).__name__}: {message}"
-        yield WorkerFailure(user_error, message, "".join(traceback.format_exception(e)))
+        message, trace = " ".join(str(e).split()), "".join(traceback.format_exception(e))
+        for kind in (SourceLost, ValueError):
+            if isinstance(e, kind):
+                yield WorkerFailure(kind, message, trace)
+                return
+        yield WorkerFailure(RuntimeError, f"data worker: {type(e).__name__}: {message}", trace)
 
 
 class _TensorPickler(pickle.Pickler):

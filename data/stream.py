@@ -22,7 +22,7 @@ from data.tokens import SpecialTokens
 from data.types import Amount, LaneCursor, Origin, PackedBatch, Reject, Sample, Ticket
 
 RECORD_ERRORS = (
-    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError, MemoryError,
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, RecursionError, MemoryError,
 )  # fmt: skip
 """What a dataset class raises on a record of another shape than it expects."""
 

@@ -19,6 +19,7 @@ from data.ledger import (
     require_few_rejects,
     scalars,
 )
+from data.sources import SourceLost
 from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
 from train.checkpoint import Checkpoints
@@ -64,10 +65,16 @@ def train(
 
     Raises:
         ValueError: on every rank, if too many records cannot be used, or a loss is not finite.
+        SourceLost: on every rank, if a file of the data vanished or changed; what has been trained is saved.
     """
-    total, every = run.args.optim.total_steps, run.args.checkpoint.save_every
+    total, every, first = run.args.optim.total_steps, run.args.checkpoint.save_every, state.step
     while state.step < total:
-        report = training_step(run, state, batches)
+        try:
+            report = training_step(run, state, batches)
+        except SourceLost:
+            if state.step > first and state.step % every:
+                checkpoints.save(state)
+            raise
         if report is None:
             reporter.note(
                 f"the data has ended: a group that ends the run is read; stopping after step {state.step} of {total}"
@@ -91,24 +98,32 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
 
     Returns:
         None, on every rank, if all lanes have ended: nothing was done.
+
+    Raises:
+        SourceLost: on every rank, if one of them has lost its data: nothing was done.
     """
     started = time.perf_counter()
     accumulation = run.args.train.gradient_accumulation_steps
-    packs = [next(batches) for _ in range(accumulation)]
+    packs, lost = _next_packs(batches, accumulation)
     trained = [count_trained(p) for p in packs]
     packs = [p.to(run.world.device) for p in packs]
     # Counted before any backward: each loss is divided once, by what the whole step has of it.
-    own = torch.stack([run.objective.counts(p) for p in packs])
+    no_counts = torch.zeros(len(run.objective.weights), dtype=torch.float64)
+    own = torch.stack([run.objective.counts(p) for p in packs] + [no_counts] * (accumulation - len(packs)))
     extra = [
         sum(p.num_tokens for p in packs),
         sum(len(p.origins) for p in packs),
         sum(len(p.rejects) for p in packs),
         sum(run.flops(p) for p in packs),
         sum(not p.is_filler for p in packs),
+        lost is not None,
     ]
     everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
     per_pack = everywhere[: own.numel()].view_as(own)
-    tokens, samples, rejects, flops, num_packs = everywhere[own.numel() :].tolist()
+    tokens, samples, rejects, flops, num_packs, num_lost = everywhere[own.numel() :].tolist()
+    if num_lost:
+        said = dict.fromkeys(gather_objects("" if lost is None else str(lost)))
+        raise SourceLost("; ".join(filter(None, said))) from lost
     if not num_packs:
         return None
     counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)
@@ -149,6 +164,19 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         peak_tflops=run.peak_tflops * run.world.size,
         memory_mib=_memory(run.world.device),
     )
+
+
+def _next_packs(
+    batches: Iterator[PackedBatch], count: int
+) -> tuple[list[PackedBatch], SourceLost | None]:
+    """This rank's next packs, or fewer and why: the other ranks have to hear of it before anybody stops."""
+    packs: list[PackedBatch] = []
+    while len(packs) < count:
+        try:
+            packs.append(next(batches))
+        except SourceLost as error:
+            return packs, error
+    return packs, None
 
 
 def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:

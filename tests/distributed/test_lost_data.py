@@ -1,0 +1,69 @@
+"""A rank whose data vanishes ends the run on all ranks, with one message and a checkpoint."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from data.sources import SourceLost
+from data.types import PackedBatch
+from tests.distributed.launch import run_distributed
+from tests.distributed.test_checkpoint import advance
+from tests.distributed.toy import build, toy_args
+from tests.unit.data.toy_groups import group, plan
+from train import loop
+from train.checkpoint import Checkpoints
+from train.distributed.collectives import rank
+from train.state import TrainState
+
+LOST = "rows.jsonl: cannot be read any more"
+
+
+def lost_after(steps: int, folder: str) -> tuple[str, int, list[str]]:
+    """What a rank says, its step, and what is saved, if rank 1 loses its data in the second micro-batch after some steps."""
+    from data.loader import build_loader
+
+    args = toy_args(
+        checkpoint_dir=folder, save_every=2, total_steps=9, gradient_accumulation_steps=2, warmup_steps=2
+    )
+    state = build(args)
+    checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
+
+    def batches() -> Iterator[PackedBatch]:
+        packs = build_loader(plan(group("text", [20] * 50)), rank=rank(), world_size=2)
+        yield next(packs)
+        if rank() == 1:
+            raise SourceLost(LOST)
+        yield from packs
+
+    real, source = loop.training_step, batches()
+
+    def step(run: loop.Run, state: TrainState, batches: Iterator[PackedBatch]) -> Any:
+        if state.step < steps:
+            advance(state, 1)
+            return SimpleNamespace(step=state.step)
+        return real(run, state, batches)
+
+    loop.training_step = step  # type: ignore[assignment]  # in a process of its own
+    objective = SimpleNamespace(weights={"ce": 1.0}, counts=lambda batch: torch.ones(1, dtype=torch.float64))
+    run = functools.partial(
+        SimpleNamespace, args=args, objective=objective, world=SimpleNamespace(device="cpu")
+    )
+    quiet = SimpleNamespace(step=lambda _: None, note=lambda _: None)
+    try:
+        loop.train(cast(Any, run(flops=lambda _: 0.0)), state, source, checkpoints, cast(Any, quiet))
+    except SourceLost as e:
+        return str(e), state.step, sorted(p.name for p in Path(folder).iterdir())
+    raise AssertionError("the run went on")
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(3, ["0000002", "0000003"]), (2, ["0000002"]), (0, [])])
+def test_a_rank_that_loses_its_data_ends_all_with_a_checkpoint(
+    tmp_path: Path, steps: int, saved: list[str]
+) -> None:
+    found = run_distributed(lost_after, 2, steps, str(tmp_path))
+    assert found == [(LOST, steps, saved)] * 2
