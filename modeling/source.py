@@ -203,6 +203,12 @@ def _put_stored(said: _Said, weights: Weights, own: bool) -> None:
         ("vit", "rope", not learned, learned),
         *(("bagel", TABLES[key], side, True) for key, side in weights.table_sides.items()),
     ]
+    width = said.llm.get("hidden_size")
+    for name, shape in weights.tables.items():
+        if width is not None and shape != (weights.table_sides[name] ** 2, width):
+            raise ValueError(
+                f"{by}: {name} is {list(shape)}; a table of positions has side x side rows of the decoder's width, {width}"
+            )
     for part, key, value, proven in shown:
         held = getattr(said, part)
         if key not in held:
@@ -212,6 +218,9 @@ def _put_stored(said: _Said, weights: Weights, own: bool) -> None:
                 "%s: %s says %s, the weights show %s, which counts", said.by[part, key], key, held[key], value
             )
             said.put(part, {key: value}, by)
+        elif part == "bagel" and held[key] != value:
+            logger.info("%s: %s is %s, the weights were trained with %s; the tables are computed, so they fit",
+                        said.by[part, key], key, held[key], value)  # fmt: skip
 
 
 def _put_fresh(said: _Said, llm_dir: Path | None, vit_dir: Path | None) -> set[tuple[str, str]]:

@@ -264,6 +264,43 @@ def test_a_layer_missing_in_the_middle_is_named(folder: Path, tensors: Tensors) 
         load_model(folder)
 
 
+@pytest.mark.parametrize("shape", [(35, 32), (36, 30)])
+def test_a_table_that_is_none_is_refused(folder: Path, tensors: Tensors, shape: tuple[int, int]) -> None:
+    save_file({**tensors, "latent_pos_embed.pos_embed": torch.zeros(shape)}, folder / "ema.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"latent_pos_embed.pos_embed is \[3., 3.\]; a table of positions has side x side rows",
+    ):
+        load_model(folder)
+
+
+def test_our_own_directories_may_change_the_size_of_the_tables(
+    folder: Path, tensors: Tensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json(folder / "vit_config.json", VIT)
+    write_json(folder / "bagel_config.json", {**TABLES, "max_latent_size": 9})
+    save_file(tensors, folder / "ema.safetensors")
+    with caplog.at_level("INFO"):
+        model = load_model(folder)
+    assert model.latent_pos_embed.pos_embed.shape == (81, 32)
+    small = tensors["latent_pos_embed.pos_embed"].view(6, 6, 32)
+    assert torch.equal(model.latent_pos_embed.pos_embed.view(9, 9, 32)[:6, :6], small)
+    assert "max_latent_size is 9, the weights were trained with 6" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("llm", "hidden_size"), ("vit", "num_hidden_layers"), ("vit", "patch_size")]
+)
+def test_a_configuration_that_lacks_a_key_is_named(
+    folder: Path, tensors: Tensors, file: str, key: str
+) -> None:
+    save_file(tensors, folder / "ema.safetensors")
+    values = json.loads((folder / f"{file}_config.json").read_text())
+    write_json(folder / f"{file}_config.json", {k: v for k, v in values.items() if k != key})
+    with pytest.raises(ValueError, match=f"lacks .*{key}"):
+        load_model(folder)
+
+
 def test_a_missing_expert_is_no_smaller_model(folder: Path, tensors: Tensors) -> None:
     """The file says MoT: weights without the generation expert are incomplete, and not those of another model."""
     write_json(folder / "llm_config.json", {**LLM, "layer_module": "Qwen2MoTDecoderLayer"})
