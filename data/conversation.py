@@ -8,7 +8,7 @@ feeds them one by one), which go through the same code, so that a prompt is exac
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -97,22 +97,6 @@ def require_draws(draws: int) -> int:
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be a whole number of at least 1, not {draws!r}")
     return draws
-
-
-def read_image_names(row: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
-    """Picture paths under the first of `keys` that the row has: a path, `{"path": …}`, or a list of either.
-
-    Raises:
-        SkipSample: `bad_image_list` if it is something else.
-    """
-    value: Any = next((row[key] for key in keys if row.get(key)), [])
-    names: list[str] = []
-    for entry in value if isinstance(value, list) else [value]:
-        name = entry.get("path") if isinstance(entry, dict) else entry
-        if not isinstance(name, str) or not name:
-            raise SkipSample("bad_image_list", f"{' or '.join(keys)} must hold paths, not {value!s:.80}")
-        names.append(name)
-    return tuple(names)
 
 
 def attach_targets(turns: Iterable[Turn], targets: Mapping[str, Sequence[Target]]) -> tuple[Turn, ...]:
