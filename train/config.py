@@ -127,6 +127,10 @@ class DataArgs:
     dataset_config_file: str = flag(
         "", "YAML file of the mixture: groups of datasets with their weights and transforms."
     )
+    index_cache_dir: str = flag(
+        "",
+        "Directory for the indexes of the data; without it (and without WEFT_INDEX_CACHE_DIR) they lie beside the data.",
+    )
     data_seed: int = flag(42, "Seed of the data's order and of every random choice about a sample.", low=0)
     num_workers: int = flag(
         4, "Processes per rank that prepare packs; 0 prepares them in the training process.", low=0

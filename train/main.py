@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         wandb = wandb_starter(args.train, args.flat())
         source = model_source(args.model)  # every configuration file; no weights yet
         tokenizer = Tokenizer(source.tokenizer_path)
-        groups = build_groups(load_mixture(args.data.dataset_config_file), tokenizer)
+        groups = build_groups(
+            load_mixture(args.data.dataset_config_file), tokenizer, args.data.index_cache_dir
+        )
         checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
         start = checkpoints.open(args.checkpoint)
         target = Path(args.checkpoint.results_dir) / "model"
