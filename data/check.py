@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,22 +180,39 @@ def open_mixture(file: Path, tokenizer: Tokenizer, found: list[tuple[str, str, F
         ValueError: if no group is left.
     """
     faults: list[ValueError] = []
-    try:
-        specs = load_mixture(file, faults=faults)
-    except ValueError:
-        if not faults:
-            raise
-        specs = ()
+    with _told() as warnings:
+        try:
+            specs = load_mixture(file, faults=faults)
+        except ValueError:
+            if not faults:
+                raise
+            specs = ()
     lines = YamlLines(file)
-    for fault in faults:
-        found.append(
-            ("bad_key", "", Found(1, [])) if not str(fault) else _yaml_fault(file, str(fault), lines)
-        )
+    found += [_yaml_fault(file, str(fault), lines) for fault in faults]
+    for warning in warnings:
+        _, name, place = _yaml_fault(file, warning, lines)
+        found.append(("no_effect", name, place))
     groups = [group for spec in specs if (group := _open(spec, tokenizer, lines, found)) is not None]
     if not groups:
         told = [place.message for _, _, places in found for place in places.first]
         raise ValueError(f"{file}: no group can be checked: {' | '.join(told)}")
     return tuple(groups)
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """What data/mixture.py warns of meanwhile."""
+    logger, messages = logging.getLogger(load_mixture.__module__), list[str]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _yaml_fault(file: Path, text: str, lines: "YamlLines") -> tuple[str, str, Found]:
@@ -215,7 +233,8 @@ def _open(
     where, line = lines.place(spec.name)
     for source in spec.sources:
         try:
-            (part,) = build_groups((replace(spec, sources=(source,)),), tokenizer)
+            with _told() as warnings:
+                (part,) = build_groups((replace(spec, sources=(source,)),), tokenizer)
         except (ValueError, OSError) as e:
             message = str(e).removeprefix(f"group {spec.name!r}: ")
             location = source.location[source.path_key]
@@ -227,10 +246,7 @@ def _open(
                 return None
             continue
         parts.append(part)
-        there = source.start + len(part.source)
-        if source.end is not None and there < source.end:
-            message = f"{source.dataset}: records up to {source.end:,} are asked for, there are {there:,}"
-            found.append(("short_source", spec.name, Found(1, [Place(line, where, message)])))
+        found += [("short_source", spec.name, Found(1, [Place(line, where, said)])) for said in warnings]
     if len(parts) < 2:
         return parts[0] if parts else None
     return replace(parts[0], source=ConcatSource([part.source for part in parts]))
@@ -297,8 +313,8 @@ def _group_faults(
 
 def _copies(group: Group, scan: Scan, keep: int) -> Iterator[tuple[str, Found]]:
     for kind, hashes, what in (
-        ("duplicate_row", scan.rows, "texts and pictures"),
-        ("repeated_text", scan.texts, "texts"),
+        ("duplicate_row", scan.hashes("rows"), "texts and pictures"),
+        ("repeated_text", scan.hashes("texts"), "texts"),
     ):
         pairs = _equal_pairs(hashes)
         if pairs:
@@ -338,11 +354,11 @@ def _leaks(
         known = {
             int(digest): (group, int(index))
             for group in reversed(others)
-            for index, digest in reversed(getattr(theirs[group.name], field))
+            for index, digest in reversed(theirs[group.name].hashes(field))
         }
         digests = np.array(list(known), np.uint64)
         for group in plan.groups:
-            hashes = getattr(scans[group.name], field)
+            hashes = scans[group.name].hashes(field)
             shared = hashes[np.isin(hashes[:, 1], digests)]
             # A record with two shared pictures is one record.
             shared = shared[np.unique(shared[:, 0], return_index=True)[1]]
@@ -364,9 +380,9 @@ def _where(group: Group, index: int) -> str:
 
 def token_counts(scan: Scan) -> dict[str, dict[str, float]]:
     """Mean, median, 95th percentile and maximum of every column of `COLUMNS`."""
-    if not len(scan.tokens):
+    if not scan.usable:
         return {}
-    table = scan.tokens
+    table = scan.token_table()
     return {
         name: {
             "mean": float(table[:, c].mean()),
@@ -410,8 +426,7 @@ def text_lines(report: Report, show: int) -> Iterator[str]:
     yield from _aligned(list(group_rows(report)))
     yield ""
     yield packs_line(report)
-    for kind, faults in itertools.groupby(report.faults, key=lambda fault: fault.kind):
-        of_kind = list(faults)
+    for kind, of_kind in by_kind(report.faults):
         yield ""
         check, severity = CHECKS[kind], of_kind[0].severity
         yield f"{severity.upper()} {kind}: {check.title}"
@@ -422,6 +437,12 @@ def text_lines(report: Report, show: int) -> Iterator[str]:
             yield from (f"  {place.where.ljust(width)}  {place.message}" for place in named)
             if more := fault.count - len(named):
                 yield f"  and {more:,} more in {fault.group}"
+
+
+def by_kind(faults: Sequence[Fault]) -> Iterator[tuple[str, list[Fault]]]:
+    """The faults of one kind together, of whatever group."""
+    for kind, of_kind in itertools.groupby(faults, key=lambda fault: fault.kind):
+        yield kind, list(of_kind)
 
 
 def summary(report: Report) -> str:

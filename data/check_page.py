@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.check import GROUP_HEADER, Fault, Report, group_rows, packs_line, summary
+from data.check import GROUP_HEADER, Fault, Report, by_kind, group_rows, packs_line, summary
 from data.checks import CHECKS
 from data.inspect import COLOURS, SEEN, attention_picture, pack_lines
 from data.layout import num_tokens, patch_grid
@@ -114,22 +114,27 @@ def _table(report: Report) -> str:
 
 
 def _faults(faults: Sequence[Fault]) -> str:
-    listed = "".join(_fault(fault) for fault in faults) or '<p class="note">None.</p>'
+    listed = (
+        "".join(_fault(kind, of_kind) for kind, of_kind in by_kind(faults)) or '<p class="note">None.</p>'
+    )
     return f'<section id="faults"><h2>Faults</h2>{listed}</section>'
 
 
-def _fault(fault: Fault) -> str:
-    check = CHECKS[fault.kind]
+def _fault(kind: str, faults: Sequence[Fault]) -> str:
+    check, severity = CHECKS[kind], faults[0].severity
     places = "".join(
-        f"<tr><td><code>{escape(p.where)}</code></td><td>{escape(p.message)}</td></tr>" for p in fault.first
+        f"<tr><td><code>{escape(p.where)}</code></td><td>{escape(p.message)}</td></tr>"
+        for fault in faults
+        for p in fault.first
     )
-    more = fault.count - len(fault.first)
-    rest = f'<p class="note">and {more:,} more</p>' if more and fault.first else ""
-    of = f" in {escape(fault.group)}" if fault.group else ""
+    count = sum(fault.count for fault in faults)
+    more = count - sum(len(fault.first) for fault in faults)
+    rest = f'<p class="note">and {more:,} more</p>' if more else ""
+    groups = ", ".join(escape(fault.group) for fault in faults if fault.group)
     return (
-        f'<article class="card fault is-{fault.severity}"><div class="top"><b>{escape(check.title)}</b>'
-        f'<span class="mark is-{fault.severity}">{fault.severity}</span></div>'
-        f'<p class="note">{fault.count:,}{of} · <code>{fault.kind}</code> · {escape(check.remedy)}</p>'
+        f'<article class="card fault is-{severity}"><div class="top"><b>{escape(check.title[:1].upper() + check.title[1:])}</b>'
+        f'<span class="mark is-{severity}">{severity}</span></div>'
+        f'<p class="note">{count:,} in {groups or "the mixture"} · <code>{kind}</code> · {escape(check.remedy)}</p>'
         f"<table>{places}</table>{rest}</article>"
     )
 

@@ -5,12 +5,16 @@ reasons), records that it would train although something is wrong (the row has a
 faults of a whole group or of the mixture (found by `data/check.py`, which sees all of it).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.conversation import IMAGE
-from data.sources import Record
+from data.dataset_base import TaskDataset
+from data.perception_dataset import ReferDataset
+from data.rows import as_box, as_objects
+from data.sources import Record, SkipSample
+from data.stream import RECORD_ERRORS
 from data.tokens import Tokenizer
 from data.types import Sample
 
@@ -52,6 +56,7 @@ class Look:
 
     Attributes:
         record: what the source gave.
+        dataset: of its group.
         pictures: by name, those that were read.
         sample: what the dataset class made of it; None if it was rejected.
         tokens: of the sample.
@@ -60,6 +65,7 @@ class Look:
     """
 
     record: Record
+    dataset: TaskDataset
     pictures: Mapping[str, Seen]
     sample: Sample | None
     tokens: int
@@ -91,39 +97,36 @@ class Check:
 # ------------------------------------------------------------------------------------------------ boxes in rows
 
 
-def raw_boxes(look: Look) -> Iterator[tuple[str, list[float], tuple[int, int]]]:
-    """What a box is, its corners as the row has them, and the size of its picture; of message rows and COCO records.
+def raw_boxes(look: Look) -> list[tuple[str, tuple[float, ...], tuple[int, int]]]:
+    """What each box is, its corners as the row has them, and the size of its picture.
 
-    Rows of another shape, or that break their schema, give nothing: that is another row's fault.
+    A row that breaks its schema gives none: that is another fault.
     """
+    try:
+        boxes = _boxes_of_things(look) if isinstance(look.dataset, ReferDataset) else _boxes_of_objects(look)
+        return [(what, box, size) for what, box, size in boxes if all(size)]
+    except (SkipSample, *RECORD_ERRORS):
+        return []
+
+
+def _boxes_of_things(look: Look) -> Iterator[tuple[str, tuple[float, ...], tuple[int, int]]]:
+    assert isinstance(look.dataset, ReferDataset)
+    file, things = look.dataset.read(look.record)
+    for thing in things:
+        if thing.box is not None and file in look.pictures:
+            yield thing.what, thing.box, look.pictures[file].size
+
+
+def _boxes_of_objects(look: Look) -> Iterator[tuple[str, tuple[float, ...], tuple[int, int]]]:
     row = look.record.data
-    objects, annotations = row.get("objects"), row.get("annotations")
-    if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):
-        places = objects.get("image")
-        for k, box in enumerate(objects["bbox"]):
-            place = places[k] if isinstance(places, list) and k < len(places) else 0
-            yield from _box(f"object {k}", box, _size(look, place or 0))
-    elif isinstance(annotations, list):
-        for annotation in annotations:
-            if isinstance(annotation, dict):
-                box = annotation.get("bbox")
-                what = f"annotation {annotation.get('id')}"
-                for name, (x, y, w, h), size in _box(what, box, _size(look, 0)):
-                    yield name, [x, y, x + w, y + h], size
-
-
-def _box(what: str, box: Any, size: tuple[int, int]) -> Iterator[tuple[str, list[float], tuple[int, int]]]:
-    if not isinstance(box, list) or len(box) != 4 or not all(size):
+    if not row.get("objects"):
         return
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
-        yield what, [float(v) for v in box], size
-
-
-def _size(look: Look, place: Any) -> tuple[int, int]:
-    names = [name for name, _ in _named_pictures(look.record.data, ("input_img", "image"))]
-    if not isinstance(place, int) or not 0 <= place < len(names) or names[place] not in look.pictures:
-        return 0, 0
-    return look.pictures[names[place]].size
+    objects = as_objects(row["objects"])
+    names = [name for name, _ in _named_pictures(row, ("input_img", "image"))]
+    for k, box in enumerate(objects.get("bbox", [])):
+        picture = names[(objects["image"][k] if "image" in objects else 0) or 0]
+        if box is not None and picture in look.pictures:
+            yield f"object {k}", as_box(box), look.pictures[picture].size
 
 
 def _named_pictures(row: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[str, Any]]:
@@ -135,7 +138,7 @@ def _named_pictures(row: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple
 
 
 def box_scale(look: Look) -> str | None:
-    boxes = list(raw_boxes(look))
+    boxes = raw_boxes(look)
     if not boxes:
         return None
     largest = max(v for _, box, _ in boxes for v in box)
@@ -170,7 +173,7 @@ def box_outside(look: Look) -> str | None:
     return None
 
 
-def _corners(box: list[float]) -> str:
+def _corners(box: Sequence[float]) -> str:
     return f"[{', '.join(f'{v:g}' for v in box)}]"
 
 
@@ -445,10 +448,15 @@ CHECKS: Mapping[str, Check] = {
         title="rows that stand twice in a group, same texts and same pictures",
         remedy="remove one of them",
     ),
+    "no_effect": Check(
+        severity="warning",
+        title="keys of the mixture that do not do what they seem to",
+        remedy="remove the key, or complete it",
+    ),
     "short_source": Check(
         severity="warning",
-        title="data sets with fewer records than num_used_data asks for",
-        remedy="lower num_used_data, or give the data set its missing records",
+        title="data sets with fewer records or files than num_used_data asks for",
+        remedy="lower num_used_data, or give the data set what is missing",
     ),
     "tiny_group": Check(
         severity="warning",

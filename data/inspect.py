@@ -76,6 +76,7 @@ def stream_plan(args: argparse.Namespace, groups: tuple[Group, ...], tokenizer: 
             expected=args.expected_num_tokens,
             maximum=args.max_num_tokens,
             per_sample=args.max_num_tokens_per_sample,
+            max_pairs=args.max_attention_pairs,
             max_buffer=args.max_buffer_size,
             prefer_buffer_before=args.prefer_buffer_before,
             policy=args.packer,
@@ -238,6 +239,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expected_num_tokens", type=int, default=4096)
     parser.add_argument("--max_num_tokens", type=int, default=4608)
     parser.add_argument("--max_num_tokens_per_sample", type=int, default=1024)
+    parser.add_argument("--max_attention_pairs", type=int, default=0)
     parser.add_argument("--max_buffer_size", type=int, default=50)
     parser.add_argument("--packer", choices=POLICIES, default="conserving")
     parser.add_argument("--prefer_buffer_before", type=int, default=16384)

@@ -1,13 +1,15 @@
 """Read the records of a mixture once, as the trainer would, and note what there is to know about each: for `data/check.py`.
 
 Every record goes through the trainer's own code (`data.stream.make_sample`), with the group's source wrapped so that the
-pictures it opens are seen. Chunks of records are scanned by several processes; their notes are joined in the parent.
+files it reads are seen. Stretches of records are scanned by several processes; their notes are joined in the parent, in order.
 """
 
 import io
 import multiprocessing
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
@@ -21,7 +23,7 @@ from data.checks import Look, Seen, find_faults, kind_of
 from data.dataset_base import DropoutSpec
 from data.layout import loss_tokens, segment_tokens
 from data.mixture import Group
-from data.order import permute, stable_hash
+from data.order import stable_hash
 from data.sources import Record, Source, SourceLost
 from data.sources.record import IMAGE_ERRORS
 from data.stream import StreamPlan, make_sample
@@ -34,14 +36,17 @@ COLUMNS = ("all", "text", "und", "cond", "gen", "loss")
 KINDS: Mapping[Kind, str] = {"text": "text", "und_image": "und", "cond_image": "cond", "gen_image": "gen"}
 
 CHUNK = 64
-"""Records per job of a process."""
+"""Records per job of a process, at least."""
+
+JOBS_AHEAD = 4
+"""Jobs per process that are under way or waiting."""
 
 OUTLINES = 20_000
-"""Samples per group whose outlines are kept, for the prediction of packs."""
+"""Samples per group whose outlines are kept, about, for the prediction of packs."""
 
 NAME_KEYS = frozenset(
-    ("path", "file_name", "image", "images", "input_img", "output_img", "id", "__key__", "meta", "from", "role", "mask",
-     "segmentation", "main_task_type", "sub_task_type", "dataset")
+    ("path", "file_name", "img_path", "image", "images", "image_list", "input_img", "output_img", "video", "id", "__key__",
+     "meta", "from", "role", "mask", "segmentation", "main_task_type", "sub_task_type", "dataset")
 )  # fmt: skip
 """Fields of a row that name things; what stands in the others is its text."""
 
@@ -76,29 +81,69 @@ class Scan:
         records: of the group.
         looked_at: how many of them were read.
         usable: how many gave a sample within the budget.
-        tokens: `usable 6` int32, `COLUMNS`.
         faults: by kind.
-        rows: `looked_at 2` uint64, record number and hash of its texts and pictures.
-        texts: `k 2` uint64, the same of records without pictures (hash of the texts).
-        pictures: `k 2` uint64, record number and hash of a picture's bytes.
-        outlines: of samples in the order scanned; None for a record that gives no sample.
+        outlines: of some samples in the order scanned; None for a record that gives no sample.
+        tokens: `COLUMNS` of one usable sample after the other.
+        rows: number of a record and hash of its texts and pictures, by turns.
+        texts: the same of records without pictures (hash of the texts).
+        pictures: number of a record and hash of a picture's bytes, by turns.
     """
 
     records: int
     looked_at: int = 0
     usable: int = 0
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int32))
     faults: dict[str, Found] = field(default_factory=dict)
-    rows: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
-    texts: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
-    pictures: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     outlines: list[Outline | None] = field(default_factory=list)
+    tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    rows: "array[int]" = field(default_factory=lambda: array("Q"))
+    texts: "array[int]" = field(default_factory=lambda: array("Q"))
+    pictures: "array[int]" = field(default_factory=lambda: array("Q"))
+
+    def token_table(self) -> np.ndarray:
+        """`usable 6` int64, `COLUMNS`."""
+        return np.array(self.tokens, np.int64).reshape(-1, len(COLUMNS))
+
+    def hashes(self, name: str) -> np.ndarray:
+        """`k 2` uint64, record number and hash, of `rows`, `texts` or `pictures`."""
+        return np.array(getattr(self, name), np.uint64).reshape(-1, 2)
 
     def add(self, kind: str, place: Place, keep: int) -> None:
         found = self.faults.setdefault(kind, Found())
         found.count += 1
         if len(found.first) < keep:
             found.first.append(place)
+
+    def join(self, part: "Scan", keep: int) -> None:
+        """Add the notes of the next stretch."""
+        self.looked_at += part.looked_at
+        self.usable += part.usable
+        self.outlines += part.outlines
+        for kind, found in part.faults.items():
+            mine = self.faults.setdefault(kind, Found())
+            mine.count += found.count
+            mine.first += found.first[: keep - len(mine.first)]
+        for name in ("tokens", "rows", "texts", "pictures"):
+            getattr(self, name).extend(getattr(part, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A stretch of a group's records, counted among those that are looked at.
+
+    Attributes:
+        group: place of the group in the mixture.
+        start, stop: which.
+        count: how many of the group are looked at.
+        every: the outline of one of so many is kept.
+        keep: faults of a kind that are named.
+    """
+
+    group: int
+    start: int
+    stop: int
+    count: int
+    every: int
+    keep: int
 
 
 def scan_groups(
@@ -115,7 +160,7 @@ def scan_groups(
     Args:
         plan: the run's groups, layout and budget.
         tokenizer: of the model.
-        samples: records per group, spread evenly at random; None = all.
+        samples: records per group, spread over all of it; None = all.
         keep: how many records with a fault are named per kind and group.
         num_workers: processes; 0 scans in this one.
         progress: is told how many records were read, of how many.
@@ -123,71 +168,57 @@ def scan_groups(
     Raises:
         RuntimeError: if a process dies (a decoder that crashes, or memory).
     """
-    jobs = [
-        (g, indices) for g, group in enumerate(plan.groups) for indices in _chunks(group, samples, plan.seed)
-    ]
-    total = sum(len(indices) for _, indices in jobs)
+    counts = [min(samples or len(group.source), len(group.source)) for group in plan.groups]
+    jobs = [job for number, count in enumerate(counts) for job in _jobs(number, count, keep)]
     scans = {group.name: Scan(records=len(group.source)) for group in plan.groups}
-    parts: dict[str, list[tuple[int, Scan]]] = {name: [] for name in scans}
     done = 0
-    for number, part in _run(_Scanner(plan, tokenizer, keep), jobs, num_workers):
-        parts[plan.groups[jobs[number][0]].name].append((number, part))
+    for job, part in _run(_Scanner(plan, tokenizer), jobs, num_workers):
+        scans[plan.groups[job.group].name].join(part, keep)
         done += part.looked_at
-        progress(done, total)
-    for name, scan in scans.items():
-        _join(scan, [part for _, part in sorted(parts[name], key=lambda p: p[0])], keep)
+        progress(done, sum(counts))
     return scans
 
 
-def _chunks(group: Group, samples: int | None, seed: int) -> Iterator[list[int]]:
-    records = len(group.source)
-    if samples is None or samples >= records:
-        indices = list(range(records))
-    else:
-        key = stable_hash("check", seed, group.name)
-        indices = sorted(permute(i, records, key) for i in range(samples))
-    for start in range(0, len(indices), CHUNK):
-        yield indices[start : start + CHUNK]
-
-
-def _join(scan: Scan, parts: Sequence[Scan], keep: int) -> None:
-    for part in parts:
-        scan.looked_at += part.looked_at
-        scan.usable += part.usable
-        scan.outlines += part.outlines[: OUTLINES - len(scan.outlines)]
-        for kind, found in part.faults.items():
-            mine = scan.faults.setdefault(kind, Found())
-            mine.count += found.count
-            mine.first += found.first[: keep - len(mine.first)]
-    for name in ("tokens", "rows", "texts", "pictures"):
-        setattr(scan, name, np.concatenate([getattr(scan, name), *(getattr(p, name) for p in parts)]))
+def _jobs(group: int, count: int, keep: int) -> Iterator[Job]:
+    size, every = max(CHUNK, count // 1000), max(1, count // OUTLINES)
+    for start in range(0, count, size):
+        yield Job(
+            group=group, start=start, stop=min(start + size, count), count=count, every=every, keep=keep
+        )
 
 
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def _run(
-    scanner: "_Scanner", jobs: Sequence[tuple[int, list[int]]], num_workers: int
-) -> Iterator[tuple[int, Scan]]:
+def _run(scanner: "_Scanner", jobs: Sequence[Job], num_workers: int) -> Iterator[tuple[Job, Scan]]:
+    """Every job with its scan, in the order of the jobs."""
     if not num_workers or len(jobs) < 2:
-        yield from ((number, scanner(*job)) for number, job in enumerate(jobs))
+        yield from ((job, scanner(job)) for job in jobs)
         return
     # As the trainer's data workers are started: forked from a small server that has imported everything once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "data.scan"])
     workers = min(num_workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(scanner,))
-    with pool:
-        waiting = {pool.submit(_scan, job): number for number, job in enumerate(jobs)}
+    ahead: deque[tuple[Job, Future[Scan]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(scanner,)) as pool:
         try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
+            for job in jobs:
+                ahead.append((job, pool.submit(_scan, job)))
+                if len(ahead) == JOBS_AHEAD * workers:
+                    yield _finished(ahead)
+            while ahead:
+                yield _finished(ahead)
         except BrokenProcessPool as e:
             raise RuntimeError(
                 "a process that scanned died; --num_workers 0 scans in this one and shows where, fewer need less memory"
             ) from e
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(ahead: "deque[tuple[Job, Future[Scan]]]") -> tuple[Job, Scan]:
+    job, future = ahead.popleft()
+    return job, future.result()
 
 
 _SCANNER: list["_Scanner"] = []
@@ -199,15 +230,15 @@ def _start(scanner: "_Scanner") -> None:
     _SCANNER[:] = [scanner]
 
 
-def _scan(job: tuple[int, list[int]]) -> Scan:
-    return _SCANNER[0](*job)
+def _scan(job: Job) -> Scan:
+    return _SCANNER[0](job)
 
 
 # ------------------------------------------------------------------------------------------------- one record
 
 
 class _Watched:
-    """A source that remembers the record it read last and the pictures that were opened of it."""
+    """A source that remembers the record it read last and the files that were read for it."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -220,7 +251,6 @@ class _Watched:
     def read(self, index: int) -> Record:
         self.record, self.pictures = None, {}
         record = self._source.read(index)
-
         self.record = replace(record, fetch=_WatchedFetch(record.fetch, self.pictures))
         return self.record
 
@@ -241,10 +271,10 @@ class _WatchedFetch:
 
 
 class _Scanner:
-    """Scans records of a group by number. Budgets, dropout and the limit of rejects are lifted: all is to be seen."""
+    """Scans records of a group. Budgets, dropout and the limit of rejects are lifted: all is to be seen."""
 
-    def __init__(self, plan: StreamPlan, tokenizer: Tokenizer, keep: int):
-        self.tokenizer, self.keep, self.longest = tokenizer, keep, plan.budget.longest
+    def __init__(self, plan: StreamPlan, tokenizer: Tokenizer):
+        self.tokenizer, self.longest = tokenizer, plan.budget.longest
         endless = 2**40
         self.plan = replace(
             plan,
@@ -253,33 +283,31 @@ class _Scanner:
             dropout=DropoutSpec(),
         )
 
-    def __call__(self, number: int, indices: Sequence[int]) -> Scan:
-        group = self.plan.groups[number]
+    def __call__(self, job: Job) -> Scan:
+        group = self.plan.groups[job.group]
         scan = Scan(records=len(group.source))
-        counts: list[list[int]] = []
-        hashes: dict[str, list[tuple[int, int]]] = {"rows": [], "texts": [], "pictures": []}
-        for index in indices:
-            counts += self._scan_record(group, index, scan, hashes)
-        scan.tokens = np.array(counts, np.int32).reshape(-1, len(COLUMNS))
-        for name, pairs in hashes.items():
-            setattr(scan, name, np.array(pairs, np.uint64).reshape(-1, 2))
+        for place in range(job.start, job.stop):
+            drawn = self._scan_record(group, self._index(group, place, job), scan, job.keep)
+            if place % job.every == 0:
+                scan.outlines.append(drawn)
         return scan
 
-    def _scan_record(
-        self, group: Group, index: int, scan: Scan, hashes: Mapping[str, list[tuple[int, int]]]
-    ) -> list[list[int]]:
-        scan.looked_at += 1
+    def _index(self, group: Group, place: int, job: Job) -> int:
+        """Number of the `place`-th record that is looked at: one of every stretch of the file, at random."""
+        first, last = (len(group.source) * p // job.count for p in (place, place + 1))
+        return first + stable_hash("check", self.plan.seed, group.name, place) % (last - first)
+
+    def _scan_record(self, group: Group, index: int, scan: Scan, keep: int) -> Outline | None:
         source = group.source
         assert isinstance(source, _Watched)
+        scan.looked_at += 1
         try:
             made = make_record_sample(self.plan, group, index)
         except ValueError as e:  # a file that vanished, or a transform that does not suit the model
             where = source.record.where if source.record else group.name
             kind = "missing_source" if isinstance(e, SourceLost) else "transform"
-            scan.add(kind, Place(index, where, _without(str(e), where)), self.keep)
-            scan.outlines.append(None)
-            return []
-        rejected = (made.reason, made.message) if isinstance(made, Reject) else None
+            scan.add(kind, Place(index, where, _without(str(e), where)), keep)
+            return None
         sample = None if isinstance(made, Reject) else made
         counts = [] if sample is None else self._count(sample)
         if source.record is None:
@@ -289,20 +317,21 @@ class _Scanner:
             where = source.record.where
             look = Look(
                 record=source.record,
+                dataset=group.dataset,
                 pictures=source.pictures,
                 sample=sample,
                 tokens=counts[0] if counts else 0,
                 longest=self.longest,
                 tokenizer=self.tokenizer,
             )
-            faults = find_faults(look, rejected)
-            _hash_record(look, index, hashes)
+            faults = find_faults(look, (made.reason, made.message) if isinstance(made, Reject) else None)
+            _hash_record(look, index, scan)
         for kind, message in faults.items():
-            scan.add(kind, Place(index, where, _without(message, where)), self.keep)
-        scan.outlines.append(None if sample is None else outline(sample))
-        fits = bool(counts) and counts[0] <= self.longest
-        scan.usable += fits
-        return [counts] if fits else []
+            scan.add(kind, Place(index, where, _without(message, where)), keep)
+        if counts and counts[0] <= self.longest:
+            scan.usable += 1
+            scan.tokens.extend(counts)
+        return None if sample is None else outline(sample)
 
     def _count(self, sample: Sample) -> list[int]:
         by_kind = dict.fromkeys(COLUMNS, 0)
@@ -358,18 +387,19 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(inner)
 
 
-def _hash_record(look: Look, index: int, hashes: Mapping[str, list[tuple[int, int]]]) -> None:
+def _hash_record(look: Look, index: int, scan: Scan) -> None:
     row = look.record.data
     row = (
         {"annotations": row["annotations"]} if "annotations" in row else row
     )  # the categories are all records'
     text = "\x1f".join(texts_of(row)).encode("utf-8", "surrogatepass")
     digests = [seen.digest for seen in look.pictures.values()]
+    for digest in digests:
+        scan.pictures.extend((index, digest))
     if digests:
-        hashes["rows"].append((index, _hash64(text + b"".join(d.to_bytes(8, "little") for d in digests))))
-        hashes["pictures"].extend((index, digest) for digest in digests)
+        scan.rows.extend((index, _hash64(text + b"".join(d.to_bytes(8, "little") for d in digests))))
     elif text:
-        hashes["texts"].append((index, _hash64(text)))
+        scan.texts.extend((index, _hash64(text)))
 
 
 def _hash64(content: bytes) -> int:

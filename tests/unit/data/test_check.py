@@ -290,6 +290,7 @@ def break_mixture(root: Path) -> None:
             "weight": 0.1,
         },
     }
+    mixture["text"]["resume_data_status"] = False
     mixture["dataset_info"]["vlm_sft"] = {"digits_vqa": {"jsonl_path": "data/vqa_val.jsonl"}}
     text = yaml.safe_dump(mixture, sort_keys=False)
     file.write_text(text)
@@ -307,6 +308,7 @@ def break_mixture(root: Path) -> None:
             ("wrong_count", line("  num_used_data:", "counted:")),
             ("missing_source", line("      jsonl_path: data/gone.jsonl")),
             ("missing_source", line("      jsonl_path: data/empty.jsonl")),
+            ("no_effect", line("  resume_data_status:", "text:")),
             ("short_source", line("few:")),
             ("tiny_group", line("few:")),
             ("never_drawn", line("unused:")),
