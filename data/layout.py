@@ -8,7 +8,7 @@ Source: upstream Bagel 056b5fd, measured in the golden cases (packer, inference)
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,8 +135,10 @@ def patch_grid(segment: Segment, spec: LayoutSpec) -> tuple[int, int]:
 
 def segment_tokens(segment: Segment, spec: LayoutSpec) -> int:
     """Tokens the segment takes in a pack."""
-    if segment.dropped:
-        return 0
+    return 0 if segment.dropped else _undropped_tokens(segment, spec)
+
+
+def _undropped_tokens(segment: Segment, spec: LayoutSpec) -> int:
     if segment.kind == "text":
         return len(segment.ids) + (0 if segment.bare else 2)
     rows, cols = patch_grid(segment, spec)
@@ -150,7 +152,7 @@ def num_tokens(sample: Sample, spec: LayoutSpec) -> int:
 
 def planned_tokens(sample: Sample, spec: LayoutSpec) -> int:
     """Tokens the sample would take if none of its conditions had been left out."""
-    return sum(segment_tokens(replace(s, dropped=False), spec) for s in sample.segments)
+    return sum(_undropped_tokens(s, spec) for s in sample.segments)
 
 
 def loss_tokens(sample: Sample, spec: LayoutSpec) -> int:

@@ -71,10 +71,27 @@ def build_loader(
             world_size,
             num_lanes,
         )
+    if rank == 0:
+        _tell_repeats(plan)
     cursors = _require_cursors(cursors, num_lanes, packs_consumed)
     own = [cursors[lane] for lane in lanes_of(rank, world_size, num_lanes)]
     packs = _in_turn(plan, own, min(num_workers, len(own)), prefetch_factor)
     return _pinned(packs) if torch.cuda.is_available() else packs
+
+
+def _tell_repeats(plan: StreamPlan) -> None:
+    """A group that has fewer records than there are lanes comes again and again, at once: nobody should have to find out."""
+    for group in plan.groups:
+        records = len(group.source)
+        if records < plan.num_lanes and group.epochs is None and (group.weight or group.is_mandatory):
+            logger.warning(
+                "group %r: %d records for %d lanes: when every lane has read one, each record was read %.3g times; write "
+                "when_exhausted: drop or stop into its YAML entry if once is enough",
+                group.name,
+                records,
+                plan.num_lanes,
+                plan.num_lanes / records,
+            )
 
 
 def _require_cursors(

@@ -5,6 +5,8 @@ Which samples share a pack is decided in `data/policy.py`; the order of tokens i
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from data.layout import LayoutSpec, SegmentLayout, Splits, grid_position, lay_out, splits_of
 from data.tokens import SpecialTokens
 from data.types import EMPTY_IDS, LaneCursor, Mode, PackedBatch, Region, RegionBatch, Reject, Sample, Segment
+
+OF_THE_RUN = ("origins", "tasks", "cursor", "rejects", "hash")
+"""Fields of a pack that say where it comes from, not what is in it."""
 
 
 def pack(
@@ -77,6 +82,28 @@ def content_key(pixels: Tensor) -> int:
         pixels.contiguous().numpy().tobytes(), digest_size=8, key=str(tuple(pixels.shape)).encode()
     )
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def content_hash(batch: PackedBatch) -> str:
+    """Hash of every tensor of a pack, and of its layout. Pictures for the VAE are in it by their own hashes, `gen_key`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if f.name == "regions":
+            for head in sorted(value):
+                for part in fields(value[head]):
+                    _add(digest, f"{head}.{part.name}", getattr(value[head], part.name))
+        elif f.name not in (*OF_THE_RUN, "gen_pixels"):
+            _add(digest, f.name, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, value: Tensor | tuple[Any, ...]) -> None:
+    if not isinstance(value, Tensor):
+        digest.update(f"{name} {value}\n".encode())
+        return
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    digest.update(value.detach().cpu().contiguous().numpy())
 
 
 class _Fields:

@@ -153,17 +153,12 @@ def conserving(lane: Lane) -> list[Ticket]:
         if group.is_mandatory and group.name not in pack.groups:
             _offer_mandatory(lane, group, pack)
     chosen = _best(lane, pack)
-    while not _is_good(lane, pack, chosen):
-        drawn = lane.draw_group()
-        if drawn is None:
-            break
-        sample = lane.read_next(drawn)
-        if sample is not None:
-            lane.waiting.append(sample)
-            chosen = _best(lane, pack)
+    while not _is_good(lane, pack, chosen) and _read_on(lane, pack):
+        chosen = _best(lane, pack)
     for place in chosen.taken:
         pack.take(lane.waiting[place])
-    lane.waiting = [s for place, s in enumerate(lane.waiting) if place not in set(chosen.taken)]
+    taken = set(chosen.taken)
+    lane.waiting = [s for place, s in enumerate(lane.waiting) if place not in taken]
     return pack.samples
 
 
@@ -178,6 +173,22 @@ def _offer_mandatory(lane: Lane, group: Group, pack: Filling) -> None:
             if not pack.offer(sample):
                 lane.waiting.append(sample)
             return
+
+
+def _read_on(lane: Lane, pack: Filling) -> bool:
+    """Read a sample, and on as long as all that wait fit into the pack without filling it; False if there is nothing more."""
+    tokens = pack.tokens + sum(s.tokens for s in lane.waiting)
+    pairs = sum(s.pairs for s in lane.waiting)
+    has_read = False
+    while not has_read or (tokens < _full(lane.budget) and pairs <= pack.pairs_left):
+        drawn = lane.draw_group()
+        if drawn is None:
+            return has_read
+        sample = lane.read_next(drawn)
+        if sample is not None:
+            lane.waiting.append(sample)
+            tokens, pairs, has_read = tokens + sample.tokens, pairs + sample.pairs, True
+    return True
 
 
 def _best(lane: Lane, pack: Filling) -> Choice:

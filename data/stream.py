@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from data.dataset_base import DropoutSpec, SkipSample, finish_sample
-from data.layout import LayoutSpec, loss_tokens, num_tokens, planned_tokens, splits_of, visible_pairs
+from data.layout import LayoutSpec, loss_tokens, planned_tokens, splits_of, visible_pairs
 from data.mixture import Group
 from data.order import choose, lane_position, record_index, sample_rng, share_of_lane, uniform
-from data.packing import pack
+from data.packing import content_hash, pack
 from data.policy import POLICIES, PackBudget
 from data.sources.record import SourceLost, printable
 from data.tokens import SpecialTokens
@@ -101,7 +101,7 @@ def _make(
 def _ticket(sample: Sample, layout: LayoutSpec, since: int) -> Ticket:
     try:
         splits = splits_of(sample, layout)
-        tokens = num_tokens(sample, layout)
+        tokens = sum(splits.lens)
         return Ticket(
             group=sample.origin.group,
             position=sample.origin.position,
@@ -165,7 +165,8 @@ class LaneStream:
             ValueError: if too many records of a group cannot be used.
         """
         samples, rejects = self.next_samples(), self.take_rejects()
-        return pack(samples, self.plan.layout, self.plan.special, cursor=self.cursor, rejects=rejects)
+        batch = pack(samples, self.plan.layout, self.plan.special, cursor=self.cursor, rejects=rejects)
+        return replace(batch, hash=content_hash(batch))
 
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in order."""

@@ -280,6 +280,7 @@ class PackedBatch:
         sample_lens, split_lens, split_modes, split_branches: the attention layout; splits follow each other over all samples.
         origins, tasks: origin and task of each sample, in order.
         cursor, rejects: what the data state is once this pack is consumed.
+        hash: of the tensors and the layout, for the journal; empty if nobody asked.
     """
 
     text_ids: Tensor
@@ -308,6 +309,7 @@ class PackedBatch:
     tasks: tuple[str, ...] = ()
     cursor: LaneCursor = LaneCursor(lane=0)
     rejects: tuple[Reject, ...] = ()
+    hash: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CHUNK_BYTES = 1 << 22
 
@@ -59,3 +60,25 @@ def discard(path: Path) -> None:
     old = path.with_name(path.name + ".old")
     os.rename(path, old)
     shutil.rmtree(old)
+
+
+def reopen_log(path: Path, last_step: int) -> TextIO:
+    """Open a log of lines with a `step` for appending, after dropping what a killed run left.
+
+    Args:
+        path: the file; may not be there.
+        last_step: lines beyond it will be written again, so they go, and so does a last line that is half-written.
+    """
+    if path.exists():
+        draft = path.with_suffix(".tmp")
+        with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
+            new.writelines(line for line in old if _logged_step(line) <= last_step)
+        os.replace(draft, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -44,6 +44,7 @@ class Run:
         world: this rank's place.
         objective: losses and weights.
         encoder: pictures to latents.
+        journal: notes what this rank trained on in a step.
         group_sizes: records per group of the mixture, for the limit on rejects.
         flops: operations that training on a pack needs.
         peak_tflops: what one device can do; 0 if that is not known.
@@ -53,6 +54,7 @@ class Run:
     world: World
     objective: Objective
     encoder: LatentEncoder
+    journal: Callable[[int, list[PackedBatch]], None]
     group_sizes: Mapping[str, int]
     flops: Callable[[PackedBatch], float]
     peak_tflops: float
@@ -145,6 +147,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         if not pack.is_filler:
             state.consume(pack.cursor, amounts)
     _write_rejects(run, packs)
+    run.journal(state.step, packs)
     if rejects:
         check_accounts(run, state)
     means = {
@@ -166,9 +169,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     )
 
 
-def _next_packs(
-    batches: Iterator[PackedBatch], count: int
-) -> tuple[list[PackedBatch], SourceLost | None]:
+def _next_packs(batches: Iterator[PackedBatch], count: int) -> tuple[list[PackedBatch], SourceLost | None]:
     """This rank's next packs, or fewer and why: the other ranks have to hear of it before anybody stops."""
     packs: list[PackedBatch] = []
     while len(packs) < count:

@@ -7,6 +7,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from train.distributed.sharding import materialise, shard_model
 from train.ema import Ema
 from train.export import export_model, require_replaceable
 from train.flops import peak_tflops
+from train.journal import Journal
 from train.loop import Run, train
 from train.objective import Objective
 from train.optim import build_optimizer
@@ -62,9 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         wandb = wandb_starter(args.train, args.flat())
         source = model_source(args.model)  # every configuration file; no weights yet
         tokenizer = Tokenizer(source.tokenizer_path)
-        groups = build_groups(
-            load_mixture(args.data.dataset_config_file), tokenizer, args.data.index_cache_dir
-        )
+        specs = load_mixture(args.data.dataset_config_file)
+        groups = build_groups(specs, tokenizer, args.data.index_cache_dir)
         checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
         start = checkpoints.open(args.checkpoint)
         target = Path(args.checkpoint.results_dir) / "model"
@@ -91,11 +92,16 @@ def main(argv: list[str] | None = None) -> None:
         if start is not None and not start.published:
             checkpoints.restore(state, start)
 
+        results_dir = Path(args.checkpoint.results_dir)
+        journal = Journal(
+            results_dir, world, steps_done=state.step, plan=plan, specs=specs, tokenizer=tokenizer
+        )
         run = Run(
             args=args,
             world=world,
             objective=Objective.build(args.loss.weights(), model.config.heads),
             encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
+            journal=journal.step,
             group_sizes={g.name: len(g.source) for g in groups},
             flops=functools.partial(step_flops, model.config, vit_trained=not args.params.freeze_vit),
             peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
@@ -103,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = open_loader(args, plan, world, state)
         with (
             Reporter(
-                Path(args.checkpoint.results_dir),
+                results_dir,
                 first_step=state.step,
                 total_steps=args.optim.total_steps,
                 log_every=args.train.log_every,
@@ -111,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
                 is_main=world.is_main,
                 wandb=wandb,
             ) as reporter,
+            closing(journal),
             frozen_stay(model, check=args.params.validate_freezing),
         ):
             train(run, state, batches, checkpoints, reporter)

@@ -7,17 +7,17 @@ In: one `StepReport` per step. `train_log.jsonl` has every step's own values; pr
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from modeling.optional import require
 from train.config import TrainArgs
+from train.files import reopen_log
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Reporter:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._log = _open_log(directory / LOG_FILE, first_step)
+            self._log = reopen_log(directory / LOG_FILE, first_step)
             self._handler = logging.FileHandler(directory / TEXT_FILE, encoding="utf-8")
         except OSError as error:
             raise ValueError(
@@ -253,23 +253,6 @@ def duration(seconds: float) -> str:
 
 def _short(number: float) -> str:
     return f"{number:.0f}" if number < 1000 else f"{number / 1000:.1f}k"
-
-
-def _open_log(path: Path, first_step: int) -> TextIO:
-    """Open for appending after dropping lines beyond `first_step`, and a last line that a killed run left half-written."""
-    if path.exists():
-        draft = path.with_suffix(".tmp")
-        with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
-            new.writelines(line for line in old if _logged_step(line) <= first_step)
-        os.replace(draft, path)
-    return path.open("a", encoding="utf-8")
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _open_board(directory: Path, first_step: int) -> Any:

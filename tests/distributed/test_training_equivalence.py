@@ -165,13 +165,15 @@ def train_steps(packs: Packs, flags: dict[str, object], *, sharded: bool = True)
         world=World(rank=rank(), local_rank=rank(), size=world_size(), device=torch.device("cpu")),
         objective=Objective.build(args.loss.weights(), tiny_config().heads),
         encoder=made_up_latents,  # type: ignore[arg-type]
+        journal=lambda step, packs: None,
         group_sizes={},
         flops=lambda pack: 0.0,
         peak_tflops=0.0,
     )
     of_a_run = [made_pack(names, lane) for _ in range(NUM_STEPS) for lane, names in enumerate(packs)]
     batches = iter(of_a_run[rank() :: world_size()])
-    reports = [training_step(run, state, batches) for _ in range(NUM_STEPS)]
+    reports = [report for _ in range(NUM_STEPS) if (report := training_step(run, state, batches))]
+    assert len(reports) == NUM_STEPS
     assert state.packs_consumed == NUM_STEPS * len(packs)
     weights = full_tensors((n, p.detach()) for n, p in state.model.named_parameters())
     return Steps(gradients=gradients, weights=weights, reports=reports)
