@@ -143,8 +143,11 @@ def _fault(kind: str, faults: Sequence[Fault]) -> str:
 
 
 def _group_section(plan: StreamPlan, group: Group, tokenizer: Tokenizer) -> str:
+    has_regions = False
     try:
-        cards = "".join(_card(sample, plan, tokenizer) for sample in _first_samples(plan, group))
+        samples = list(_first_samples(plan, group))
+        has_regions = any(sample.regions for sample in samples)
+        cards = "".join(_card(sample, plan, tokenizer) for sample in samples)
     except ValueError as e:  # the transform does not suit the model, or a file vanished
         cards = f'<p class="note">{escape(str(e))}</p>'
     shown = f'<div class="cards c2">{cards}</div>' if cards else '<p class="note">No usable record found.</p>'
@@ -154,17 +157,17 @@ def _group_section(plan: StreamPlan, group: Group, tokenizer: Tokenizer) -> str:
     )
     return (
         f'<section id="group-{escape(group.name)}"><h2>{escape(group.name)}</h2><p class="note">{escape(about)}</p>'
-        f"{_legend()}{shown}</section>"
+        f"{_legend(has_regions)}{shown}</section>"
     )
 
 
-def _legend() -> str:
-    return legend(
-        ("given", "", "text that is given"),
-        ("learnt", "", "text that is supervised"),
+def _legend(has_regions: bool) -> str:
+    texts = (("given", "", "text that is given"), ("learnt", "", "text that is supervised"))
+    regions = (
         ("line", f"outline-color:{PALETTE[0]}", "box"),
         ("", f"background:{PALETTE[1]}", "mask, in its anchor's colour"),
     )
+    return legend(*texts, *(regions if has_regions else ()))
 
 
 def _first_samples(plan: StreamPlan, group: Group) -> Iterator[Sample]:
