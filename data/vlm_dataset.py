@@ -31,6 +31,8 @@ from data.video import FrameSampler, read_frames
 REQUEST = "After the answer, draw every picture again as it is."
 """Default of `request`. The published classes ask in words of their own."""
 
+NO_OBJECTS = "the published code knows no `objects`: a group that has them cannot be upstream_compat"
+
 
 class VlmDataset(TaskDataset):
     """Understanding: pictures and questions in, supervised answers out.
@@ -87,6 +89,8 @@ class VlmDataset(TaskDataset):
             image_segment("und_image", picture, self.vit_transform, len(pictures), droppable=droppable)
             for picture in pictures
         ]
+        if row.objects and self.upstream_compat:
+            raise SkipSample("bad_objects", NO_OBJECTS)
         turns = attach_targets(turns, read_objects(row.objects, pictures, und))
         turns = choose_exchanges(turns, rng, shuffle=self.shuffle_turns, max_exchanges=self.max_turns)
         return self.compose(turns, pictures, und, row.task or "vqa")
@@ -147,7 +151,7 @@ class ReconstructionDataset(VlmDataset):
         tokenizer, vit_transform, vae_transform, shuffle_turns, max_turns, independent_turns, drop_image, frame_sampler_args: of
             `VlmDataset`.
         request: words that ask for the drawing; they follow those of the last question.
-        upstream_compat: also, they follow those of every question.
+        upstream_compat: also, they follow those of every question, without a space where that has no `<image>`.
     """
 
     image_transform_role = "vae"
@@ -157,6 +161,8 @@ class ReconstructionDataset(VlmDataset):
 
     def __init__(self, *, request: str = REQUEST, **base: Any) -> None:
         super().__init__(**base)
+        if not isinstance(request, str) or not request.strip():
+            raise ValueError(f"request must be words that ask for the drawing, not {request!r}")
         self.request = request
 
     def compose(
@@ -184,9 +190,17 @@ class ReconstructionDataset(VlmDataset):
         questions = [i for i, turn in enumerate(turns) if turn.role == "human"]
         asked = set(questions if self.upstream_compat else questions[-1:])
         return tuple(
-            replace(turn, text=f"{turn.text.rstrip()} {self.request}") if i in asked else turn
+            replace(turn, text=self._with_request(turn.text)) if i in asked else turn
             for i, turn in enumerate(turns)
         )
+
+    def _with_request(self, text: str) -> str:
+        parts = text.split(IMAGE)
+        if self.upstream_compat and len(parts) == 1:
+            return text + self.request  # without a space between them
+        last = max((i for i, part in enumerate(parts) if part.strip()), default=len(parts) - 1)
+        parts[last] = f"{parts[last].rstrip()} {self.request}"
+        return IMAGE.join(parts)
 
 
 class ReconstructionVer2Dataset(ReconstructionDataset):

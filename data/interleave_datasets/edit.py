@@ -20,7 +20,7 @@ from data.conversation import (
 from data.dataset_base import Record, SkipSample, TaskDataset
 from data.rows import EditRow, read_row
 from data.types import Sample
-from data.vlm_dataset import read_objects
+from data.vlm_dataset import NO_OBJECTS, read_objects
 
 
 class EditDataset(TaskDataset):
@@ -67,6 +67,8 @@ class EditDataset(TaskDataset):
         shown: list[Picture] = list(zip(cond, und, strict=True))
         drawn = [(image_segment("gen_image", p, self.vae_transform),) * self.draws for p in outputs]
         if self.upstream_compat:
+            if row.objects:
+                raise SkipSample("bad_objects", NO_OBJECTS)
             return self._as_published(row, shown[0], drawn[0])
         turns = lead_with_images(row.turns, len(inputs))
         turns = (draw_before_the_answer if self.draws_first else end_with_images)(turns, len(outputs))

@@ -349,8 +349,30 @@ def test_a_second_turn_gets_the_next_picture_or_as_published_the_first_again(tok
 
 def test_reconstruction_asks_in_every_turn_as_published(tokenizer):
     dataset = make(ReconstructionDataset, tokenizer, request="Again.", upstream_compat=True)
-    expected = ["und_image:1", "q0 Again.", "*a0", "q1 Again.", "*a1", "gen_image:1"]
+    expected = ["und_image:1", "q0 Again.", "*a0", "q1Again.", "*a1", "gen_image:1"]
     assert plan(sample_of(dataset, VQA), tokenizer) == expected
+
+
+@pytest.mark.parametrize("upstream_compat", [False, True])
+def test_the_request_joins_the_last_words_of_a_question(tokenizer, upstream_compat):
+    dataset = make(ReconstructionDataset, tokenizer, request="Again.", upstream_compat=upstream_compat)
+    row = {"image": "a.png", "message": message("q <image>", "a")}
+    assert plan(sample_of(dataset, row), tokenizer) == ["q Again.", "und_image:1", "*a", "gen_image:1"]
+
+
+@pytest.mark.parametrize(
+    "dataset_class", [VlmDataset, ReconstructionVer2Dataset, EditDataset, CounterfactualDataset]
+)
+def test_the_published_code_knows_no_objects(tokenizer, dataset_class):
+    row = {**ROWS[dataset_class], "objects": {"bbox": [[1, 1, 5, 5]]}}
+    with pytest.raises(SkipSample, match="a group that has them cannot be upstream_compat"):
+        sample_of(make(dataset_class, tokenizer, upstream_compat=True), row)
+
+
+@pytest.mark.parametrize("request_", [" ", None, 3])
+def test_a_request_is_words(tokenizer, request_):
+    with pytest.raises(ValueError, match=f"request must be words that ask for the drawing, not {request_!r}"):
+        make(ReconstructionDataset, tokenizer, request=request_)
 
 
 def test_reconstruction_without_pictures_is_a_conversation(tokenizer):
