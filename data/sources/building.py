@@ -1,6 +1,6 @@
 """Runs the builders of indexes: for many bytes in processes of their own, in parallel, which give back all memory at their end.
 
-Each process runs this module, takes `{"builder", "path", "out"}` lines and answers with `{"done": bytes}` while it reads,
+Each process runs `serve`, takes `{"builder", "path", "out"}` lines and answers with `{"done": bytes}` while it reads,
 then `{"built": out}` or `{"error": message}`. They are plain children: multiprocessing would import the trainer in each of
 them, or start its fork server before the loader has said what that shall import.
 """
@@ -75,7 +75,7 @@ def build_in_processes(
         idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
         for _ in range(count):
             child = subprocess.Popen(
-                [sys.executable, "-m", "data.sources.building"],
+                [sys.executable, "-c", "from data.sources.building import serve; serve()"],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -149,7 +149,3 @@ def serve() -> None:
         with open(task["out"], "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         answer(built=task["out"])
-
-
-if __name__ == "__main__":
-    serve()

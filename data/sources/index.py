@@ -29,7 +29,7 @@ import numpy as np
 
 from data.sources.building import Arrays, Builder, build_file, build_in_processes, builder_name
 from data.sources.record import SourceLost, brief
-from data.sources.storage import FileStamp, is_remote, take_stamp
+from data.sources.storage import INDEX_SUFFIX, FileStamp, is_remote, take_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +154,11 @@ def _places(stamps: Sequence[FileStamp], cache_dir: str | Path | None) -> list[P
         name = f"{name}.and_{len(stamps) - 1}_more.{mark}"
     given = cache_dir or os.environ.get(CACHE_VARIABLE)
     if given:
-        return [Path(given).absolute() / f"{name}.{mark}.index.safetensors"]
+        return [Path(given).absolute() / f"{name}.{mark}{INDEX_SUFFIX}"]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = [home / "weft" / f"{name}.{mark}.index.safetensors"]
+    places = [home / "weft" / f"{name}.{mark}{INDEX_SUFFIX}"]
     if not is_remote(stamps[0].path):
-        places.insert(0, Path(stamps[0].path).parent / f"{name}.index.safetensors")
+        places.insert(0, Path(stamps[0].path).parent / f"{name}{INDEX_SUFFIX}")
     return places
 
 

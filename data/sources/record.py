@@ -135,6 +135,10 @@ class Source(Protocol):
 def decode_image(content: bytes) -> Image.Image:
     """A whole picture from the bytes of its file.
 
+    JPEG could be decoded to a half, a quarter or an eighth of its size straight away (Pillow's draft mode). It is not: of seven
+    photographs of 1,500 px, resized to 70 to 518 px, the worst pixel was then up to 92 levels of 255 away from what the whole
+    picture gives, and still up to 19 with four times the wanted size left for the resize.
+
     Raises:
         one of `IMAGE_ERRORS`: if it is broken, of a format that is not opened, or larger than `Image.MAX_IMAGE_PIXELS` (a
             small file may claim any size).

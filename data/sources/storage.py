@@ -33,6 +33,9 @@ RETRY_AFTER_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 MAX_FILE_BYTES = 1 << 28
 """A picture's file is not larger than this."""
 
+INDEX_SUFFIX = ".index.safetensors"
+"""Of the files that lie beside data sets and are none."""
+
 HEAD_BYTES = 1 << 16
 """What the hash of a file's head covers."""
 
@@ -120,6 +123,7 @@ def expand(pattern: str | Path, key: str, suffix: str = "") -> list[str]:
         found = sorted(fs.unstrip_protocol(name) for name in fs.glob(inner))
     else:
         found = sorted(os.path.abspath(name) for name in glob.glob(pattern))
+    found = [name for name in found if not name.endswith(INDEX_SUFFIX)]
     if not found:
         raise ValueError(f"{pattern}: no such file; check '{key}' in dataset_info")
     return found

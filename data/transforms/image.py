@@ -57,7 +57,7 @@ class ImageTransform:
         size = self.resized(*rgb.size, num_images)
         if size != rgb.size:
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.stack([np.asarray(band) for band in rgb.split()]))
 
     def resized(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
         """Width and height after the transform.

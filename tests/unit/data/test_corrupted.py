@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.conversation import Turn, build_sample, image_segment
-from data.dataset_base import Record, SkipSample, TaskDataset
+from data.dataset_base import TaskDataset
 from data.mixture import Group
-from data.perception_dataset import ReferDataset
+from data.perception_dataset import ReasonSegDataset, ReferDataset
 from data.policy import PackBudget
 from data.sources import CocoSource, JsonlSource, ParquetSource, ReasonSegSource, Source, TarSource
 from data.sources.record import IMAGE_ERRORS, decode_image
@@ -375,27 +374,11 @@ def coco(folder: Path, tokenizer: Any, rng: Rng) -> Built:
     return Built(CocoSource(folder / "a.json"), dataset, good, BAD)
 
 
-class PolygonDataset(TaskDataset):
-    """What a dataset class asks of a ReasonSeg record, in its shortest form."""
-
-    source_format = "reasonseg"
-    needs = ("vit",)
-
-    def to_sample(self, record: Record, rng: Rng) -> Any:
-        (text,) = record.data["text"]
-        points = [np.asarray(shape["points"], float).reshape(-1, 2) for shape in record.data["shapes"]]
-        if not isinstance(text, str) or not points or not np.isfinite(np.concatenate(points)).all():
-            raise SkipSample("bad_row", "`text` is one text, `shapes` have points")
-        picture = image_segment("und_image", record.open_image(record.data["image"]), self.vit_transform)
-        turns = [Turn(role="human", text="<image>"), Turn(role="gpt", text=text)]
-        return build_sample(turns, self.tokenizer, images=[(picture,)], task="segment")
-
-
 def reasonseg(folder: Path, tokenizer: Any, rng: Rng) -> Built:
     row = {
         "text": ["the thing"],
         "is_sentence": True,
-        "shapes": [{"label": "target", "points": [[0, 0], [5, 5]]}],
+        "shapes": [{"label": "target", "points": [[0, 0], [5, 0], [5, 5]]}],
     }
     content = json.dumps(row).encode()
     spoils: tuple[Callable[[Rng], tuple[bytes, bytes | None]], ...] = (
@@ -424,7 +407,7 @@ def reasonseg(folder: Path, tokenizer: Any, rng: Rng) -> Built:
         if picture is not None:
             (folder / f"{number}.jpg").write_bytes(picture)
     return Built(
-        ReasonSegSource(folder), PolygonDataset(tokenizer=tokenizer, vit_transform=TRANSFORM), good, BAD
+        ReasonSegSource(folder), ReasonSegDataset(tokenizer=tokenizer, vit_transform=TRANSFORM), good, BAD
     )
 
 

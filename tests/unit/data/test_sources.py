@@ -4,7 +4,9 @@ import logging
 import os
 import pickle
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -323,6 +325,32 @@ def test_an_index_made_anew_by_another_run_is_noticed_by_workers(tmp_path):
         pickle.loads(travelling)
 
 
+def test_processes_that_start_together_build_one_index(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    file = write_jsonl(tmp_path / "a.jsonl")
+    built = []
+    build = index._build
+
+    def slowly(*args):
+        built.append(threading.get_ident())
+        deadline = time.monotonic() + 10
+        while "waiting for the process that builds an index here" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return build(*args)
+
+    monkeypatch.setattr(index, "_build", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        sources = list(pool.map(JsonlSource, [file, file]))
+    assert len(built) == 1 and [len(s) for s in sources] == [5, 5]
+
+
+def test_indexes_are_no_shards(tmp_path):
+    write_tar(tmp_path / "s-0.tar", 1)
+    write_tar(tmp_path / "s-1.tar", 1)
+    assert [len(TarSource(tmp_path / "s-*")) for _ in range(2)] == [2, 2]
+
+
 # ------------------------------------------------------------------------------------------------ lost and refused
 
 
@@ -574,6 +602,17 @@ def test_lists_and_hugging_face_pictures_in_parquet(tmp_path):
         2,
         3,
     ]
+
+
+def test_remote_parquet(tmp_path, remote):
+    for name in ("a", "b"):
+        remote.pipe(
+            f"/set/{name}.parquet", write_parquet(tmp_path / f"{name}.parquet", drawings(3)).read_bytes()
+        )
+    source = pickle.loads(pickle.dumps(ParquetSource("memory://set", cache_dir=tmp_path / "cache")))
+    assert len(source) == 6
+    assert source.read(5).where.endswith("/set/b.parquet#row 2")
+    assert source.read(5).open_image("image").getpixel((0, 0))[0] == 2
 
 
 def test_the_published_list_of_row_groups(tmp_path):
