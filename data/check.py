@@ -326,7 +326,9 @@ def _copies(group: Group, scan: Scan, keep: int) -> Iterator[tuple[str, Found]]:
 
 
 def _equal_pairs(hashes: np.ndarray) -> list[tuple[int, int]]:
-    """(first record, later record) of every record whose hash an earlier one has."""
+    """(first record, later record) of every record that has the hash of an earlier one."""
+    # A record that is read several times because num_used_data asks for it is no copy.
+    hashes = hashes[np.sort(np.unique(hashes[:, 2], return_index=True)[1])]
     _, first, back = np.unique(hashes[:, 1], return_index=True, return_inverse=True)
     later = np.flatnonzero(first[back] != np.arange(len(hashes)))
     return [(int(hashes[first[back[i]], 0]), int(hashes[i, 0])) for i in later]
@@ -354,7 +356,7 @@ def _leaks(
         known = {
             int(digest): (group, int(index))
             for group in reversed(others)
-            for index, digest in reversed(theirs[group.name].hashes(field))
+            for index, digest, _ in reversed(theirs[group.name].hashes(field))
         }
         digests = np.array(list(known), np.uint64)
         for group in plan.groups:
@@ -365,7 +367,7 @@ def _leaks(
             if len(shared):
                 places = [
                     Place(int(index), _where(group, int(index)), f"{what} {_where(*known[int(digest)])}")
-                    for index, digest in shared[: args.show]
+                    for index, digest, _ in shared[: args.show]
                 ]
                 result.append((kind, group.name, Found(len(shared), places)))
     return result
@@ -468,8 +470,12 @@ def packs_line(report: Report) -> str:
         return f"packs: no prediction: {report.no_prediction}"
     return (
         f"packs ({budget.policy}, {p.packs} simulated): {p.efficiency:.1%} of {budget.maximum:,} tokens full, the emptiest "
-        f"{p.emptiest:.1%}; {p.samples_per_pack:.1f} samples each; {p.steps_per_epoch:,.1f} steps per epoch"
+        f"{p.emptiest:.1%}; {p.samples_per_pack:.1f} samples each; {steps_text(p.steps_per_epoch)} steps per epoch"
     )
+
+
+def steps_text(steps: float) -> str:
+    return f"{steps:,.0f}" if steps >= 100 else f"{steps:.3g}"
 
 
 GROUP_HEADER = (
@@ -485,7 +491,7 @@ def group_rows(report: Report) -> Iterator[tuple[str, ...]]:
     for group in report.plan.groups:
         scan, tokens, p = report.scans[group.name], token_counts(report.scans[group.name]), report.prediction
         share = f"{p.share.get(group.name, 0):.1%}" if p else "-"
-        steps = f"{p.steps_per_pass[group.name]:,.1f}" if p and group.name in p.steps_per_pass else "-"
+        steps = steps_text(p.steps_per_pass[group.name]) if p and group.name in p.steps_per_pass else "-"
         counts = [
             f"{tokens['all'][what]:,.0f}" if tokens else "-" for what in ("mean", "median", "p95", "max")
         ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.check import GROUP_HEADER, Fault, Report, by_kind, group_rows, packs_line, summary
+from data.check import GROUP_HEADER, Fault, Report, by_kind, group_rows, packs_line, steps_text, summary
 from data.checks import CHECKS
 from data.inspect import COLOURS, SEEN, attention_picture, pack_lines
 from data.layout import num_tokens, patch_grid
@@ -80,7 +80,7 @@ def _opening(report: Report) -> str:
         bar = f'<div class="bar"><i style="width:{100 * p.efficiency:.2f}%"></i></div>'
         tiles.append(_tile("Packs are full", f"{p.efficiency:.1%}", f"emptiest {p.emptiest:.1%}", "", bar))
         per_pack = f"{p.samples_per_pack:.1f} samples a pack"
-        tiles.append(_tile("Steps per epoch", f"{p.steps_per_epoch:,.1f}", per_pack, ""))
+        tiles.append(_tile("Steps per epoch", steps_text(p.steps_per_epoch), per_pack, ""))
     return (
         f'<header><h1>Check of {escape(report.file.name)}</h1><p class="lead">{escape(summary(report))}</p></header>'
         f'<div class="tiles">{"".join(tiles)}</div><p class="note">{escape(packs_line(report))}</p>'

@@ -5,6 +5,7 @@ files it reads are seen. Stretches of records are scanned by several processes; 
 """
 
 import io
+import json
 import multiprocessing
 from array import array
 from collections import deque
@@ -46,9 +47,12 @@ OUTLINES = 20_000
 
 NAME_KEYS = frozenset(
     ("path", "file_name", "img_path", "image", "images", "image_list", "input_img", "output_img", "video", "id", "__key__",
-     "meta", "from", "role", "mask", "segmentation", "main_task_type", "sub_task_type", "dataset")
+     "meta", "from", "role", "main_task_type", "sub_task_type", "dataset")
 )  # fmt: skip
-"""Fields of a row that name things; what stands in the others is its text."""
+"""Fields of a row that name things; the texts in the others are its content."""
+
+REGION_KEYS = ("bbox", "mask", "segmentation", "shapes")
+"""Fields whose numbers are content too: rows may ask the same about different things."""
 
 Outline = tuple[tuple[Any, ...], ...]
 """A sample without its contents: per segment its length or size, and its other fields."""
@@ -84,9 +88,9 @@ class Scan:
         faults: by kind.
         outlines: of some samples in the order scanned; None for a record that gives no sample.
         tokens: `COLUMNS` of one usable sample after the other.
-        rows: number of a record and hash of its texts and pictures, by turns.
+        rows: number, hash of texts and pictures and hash of the place of one record after the other.
         texts: the same of records without pictures (hash of the texts).
-        pictures: number of a record and hash of a picture's bytes, by turns.
+        pictures: the same of every picture (hash of its bytes).
     """
 
     records: int
@@ -94,18 +98,18 @@ class Scan:
     usable: int = 0
     faults: dict[str, Found] = field(default_factory=dict)
     outlines: list[Outline | None] = field(default_factory=list)
-    tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    tokens: "array[int]" = field(default_factory=lambda: array("i"))
     rows: "array[int]" = field(default_factory=lambda: array("Q"))
     texts: "array[int]" = field(default_factory=lambda: array("Q"))
     pictures: "array[int]" = field(default_factory=lambda: array("Q"))
 
     def token_table(self) -> np.ndarray:
-        """`usable 6` int64, `COLUMNS`."""
-        return np.array(self.tokens, np.int64).reshape(-1, len(COLUMNS))
+        """`usable 6` int32, `COLUMNS`."""
+        return np.array(self.tokens, np.int32).reshape(-1, len(COLUMNS))
 
     def hashes(self, name: str) -> np.ndarray:
-        """`k 2` uint64, record number and hash, of `rows`, `texts` or `pictures`."""
-        return np.array(getattr(self, name), np.uint64).reshape(-1, 2)
+        """`k 3` uint64, number, hash and hash of the place, of `rows`, `texts` or `pictures`."""
+        return np.array(getattr(self, name), np.uint64).reshape(-1, 3)
 
     def add(self, kind: str, place: Place, keep: int) -> None:
         found = self.faults.setdefault(kind, Found())
@@ -374,17 +378,19 @@ def look_at_picture(content: bytes) -> Seen:
     return Seen(size=size, orientation=orientation, digest=_hash64(content))
 
 
-def texts_of(value: Any) -> Iterator[str]:
-    """Every text of a row, in order."""
+def content_of(value: Any) -> Iterator[str]:
+    """Every text of a row, in order, and its regions."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            if key not in NAME_KEYS:
-                yield from texts_of(inner)
+            if key in REGION_KEYS:
+                yield json.dumps(inner, default=str)
+            elif key not in NAME_KEYS:
+                yield from content_of(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from texts_of(inner)
+            yield from content_of(inner)
 
 
 def _hash_record(look: Look, index: int, scan: Scan) -> None:
@@ -392,14 +398,16 @@ def _hash_record(look: Look, index: int, scan: Scan) -> None:
     row = (
         {"annotations": row["annotations"]} if "annotations" in row else row
     )  # the categories are all records'
-    text = "\x1f".join(texts_of(row)).encode("utf-8", "surrogatepass")
+    content = "\x1f".join(content_of(row)).encode("utf-8", "surrogatepass")
+    where = _hash64(look.record.where.encode("utf-8", "surrogatepass"))
     digests = [seen.digest for seen in look.pictures.values()]
     for digest in digests:
-        scan.pictures.extend((index, digest))
+        scan.pictures.extend((index, digest, where))
     if digests:
-        scan.rows.extend((index, _hash64(text + b"".join(d.to_bytes(8, "little") for d in digests))))
-    elif text:
-        scan.texts.extend((index, _hash64(text)))
+        content += b"".join(digest.to_bytes(8, "little") for digest in digests)
+        scan.rows.extend((index, _hash64(content), where))
+    elif content:
+        scan.texts.extend((index, _hash64(content), where))
 
 
 def _hash64(content: bytes) -> int:

@@ -116,7 +116,7 @@ def test_modules_import_the_core_only() -> None:
 
 def test_entries_work_without_optional_packages() -> None:
     # None in sys.modules is how Python itself marks a module that cannot be imported; find_spec answers None as well.
-    entries = "train.main, train.main_autoencoder, inference_pipeline.inferencer, data.inspect"
+    entries = "train.main, train.main_autoencoder, inference_pipeline.inferencer, data.inspect, data.check"
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); import {entries}; print('imported')"
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
