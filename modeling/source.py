@@ -135,6 +135,7 @@ def read_source(
     own = _read_directory(said, root, needs_llm=llm_dir is None, needs_vit=not fresh_vit)
     if weights is not None:
         _put_stored(said, weights, own)
+        _require_llm_depth(said, weights)
     _put_flags(said, given, _put_fresh(said, llm_dir, vit_dir if fresh_vit else None))
     said.vit["num_hidden_layers"] = _vit_depth(said, weights, own, root)
     said.bagel.pop("vit_select_layer", None)
@@ -199,10 +200,13 @@ def _put_stored(said: _Said, weights: Weights, own: bool) -> None:
     shown: list[tuple[str, str, Any, bool]] = [  # file, key, value, whether a tensor proves it
         ("llm", "layer_module", f"Qwen2{'MoT' if mot else 'MoE' if moe else ''}DecoderLayer", mot or moe),
         ("llm", "qk_norm", qk_norm, qk_norm),
-        ("llm", "tie_word_embeddings", not untied, untied),
-        ("vit", "rope", not learned, learned),
         *(("bagel", TABLES[key], side, True) for key, side in weights.table_sides.items()),
     ]
+    # These two are one tensor each: where it is not there it may be missing, and the model need not be another.
+    if untied:
+        shown.append(("llm", "tie_word_embeddings", False, True))
+    if learned or weights.rotary:
+        shown.append(("vit", "rope", not learned, True))
     width = said.llm.get("hidden_size")
     for name, shape in weights.tables.items():
         if width is not None and shape != (weights.table_sides[name] ** 2, width):
@@ -276,6 +280,16 @@ def _vit_depth(said: _Said, weights: Weights | None, own: bool, root: Path) -> i
         f"for which {others} are expected (num_hidden_layers + 1 + vit_select_layer). The file is cut short or of another tower: "
         "copy it again, or mend the configuration"
     )
+
+
+def _require_llm_depth(said: _Said, weights: Weights) -> None:
+    """Fewer layers than the file counts are missing tensors, which loading names; more would be left out without a word."""
+    counted, stored = said.llm.get("num_hidden_layers"), weights.llm_depth
+    if isinstance(counted, int) and stored > counted:
+        raise ValueError(
+            f"{weights.name}: holds {stored} layers of the language model; {said.by['llm', 'num_hidden_layers']} has "
+            f"num_hidden_layers {counted}: the file is of another model, or mend the configuration"
+        )
 
 
 def _config(said: _Said, ae: AutoEncoderConfig, root: Path) -> BagelConfig:

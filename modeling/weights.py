@@ -22,7 +22,9 @@ WEIGHTS = {"ema": "ema.safetensors", "model": "model.safetensors"}
 PREFIXES = ("module.", "bagel.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Precision as a safetensors header spells it -> torch's; what has another is no weight."""
-NOT_READ = re.compile(r"^(vae_model\.|latent_pos_embed\.|vit_pos_embed\.)|\.rope\.(cos|sin)_[hw]$")
+ROTARY = re.compile(r"\.rope\.(cos|sin)_[hw]$")
+NOT_READ = re.compile(rf"^(vae_model\.|latent_pos_embed\.|vit_pos_embed\.)|{ROTARY.pattern}")
+LLM_LAYER = re.compile(r"^language_model\.model\.layers\.(\d+)\.")
 VIT_LAYER = re.compile(r"^vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
 
 
@@ -35,6 +37,7 @@ class Weights:
         shapes: key -> shape of what a model takes from here.
         dtypes: key -> precision, of the tables too; counters and the like have none.
         tables: key -> shape of the stored position tables. They can be read and need not be.
+        rotary: whether the vision tower's rotary tables are stored.
     """
 
     name: Path
@@ -42,6 +45,7 @@ class Weights:
     dtypes: Mapping[str, torch.dtype]
     tables: Mapping[str, tuple[int, ...]]
     _read: Callable[[str], Tensor]
+    rotary: bool = False
 
     def read(self, key: str) -> Tensor:
         """One tensor, in the precision of the file."""
@@ -53,10 +57,17 @@ class Weights:
         return {key: math.isqrt(shape[0]) for key, shape in self.tables.items()}
 
     @property
+    def llm_depth(self) -> int:
+        """Layers of the language model that are there."""
+        return self._depth(LLM_LAYER)
+
+    @property
     def vit_depth(self) -> int:
         """Layers of the vision tower that are there."""
-        layers = [int(found[1]) for key in self.shapes if (found := VIT_LAYER.match(key))]
-        return max(layers, default=-1) + 1
+        return self._depth(VIT_LAYER)
+
+    def _depth(self, layer: re.Pattern[str]) -> int:
+        return max((int(found[1]) for key in self.shapes if (found := layer.match(key))), default=-1) + 1
 
     def renamed(
         self, keys: Mapping[str, str], change: Callable[[str, Tensor], Tensor] | None = None
@@ -84,6 +95,7 @@ class Weights:
             shapes={new: shape(new, old) for new, old in names.items()},
             dtypes={new: self.dtypes[old] for new, old in names.items() if old in self.dtypes},
             tables=self.tables,
+            rotary=self.rotary,
             _read=read,
         )
 
@@ -112,9 +124,11 @@ def open_weights(file: Path) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     tables: dict[str, tuple[int, ...]] = {}
+    rotary = False
     for shard, store in stores.items():
         for stored in store.keys():  # noqa: SIM118 - not a dict
             key, part = _plain(stored), store.get_slice(stored)
+            rotary |= ROTARY.search(key) is not None
             is_table = key.endswith("pos_embed.pos_embed")
             if NOT_READ.search(key) and not is_table:
                 continue
@@ -129,6 +143,7 @@ def open_weights(file: Path) -> Weights:
         shapes=shapes,
         dtypes=dtypes,
         tables=tables,
+        rotary=rotary,
         _read=lambda key: stores[places[key][0]].get_tensor(places[key][1]),
     )
 

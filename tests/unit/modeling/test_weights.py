@@ -167,6 +167,15 @@ def test_the_weights_of_a_published_directory_overrule_its_files(
         assert f"_config.json: {key} says" in caplog.text
 
 
+def test_rotary_tables_of_the_tower_show_that_it_is_rotary(folder: Path, tensors: Tensors) -> None:
+    """The published trainer keeps them in the weights, and nothing in the directory's files says it."""
+    tower = "vit_model.vision_model."
+    change = {f"{tower}rope.{table}": torch.zeros(8, 2) for table in ("cos_h", "sin_h", "cos_w", "sin_w")}
+    held = {k: v for k, v in tensors.items() if "position_embedding" not in k}
+    save_file({**held, **change}, folder / "ema.safetensors")
+    assert load_model(folder).config.vit.rope
+
+
 # --------------------------------------------------------------------------------------------- what is refused
 
 
@@ -194,6 +203,26 @@ def test_what_does_not_fit_is_named(folder: Path, tensors: Tensors) -> None:
         ValueError,
         match=r"0 tensors missing, 1 of another shape: .* is \[32, 48\], the configuration says \[48, 32\]",
     ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["language_model.lm_head.weight", "vit_model.vision_model.embeddings.position_embedding.weight"],
+)
+def test_a_missing_tensor_is_no_other_model(folder: Path, tensors: Tensors, key: str) -> None:
+    """Files that are silent about tying and rotation mean the published model, which has both tensors."""
+    save_file({k: v for k, v in tensors.items() if k != key}, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=f"1 tensors missing, 0 of another shape: lacks {key}$"):
+        load_model(folder)
+
+
+def test_more_decoder_layers_than_counted_are_refused(folder: Path, tensors: Tensors) -> None:
+    more = {
+        k.replace("layers.1.", "layers.2."): v.clone() for k, v in tensors.items() if "model.layers.1." in k
+    }
+    save_file({**tensors, **more}, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match="holds 3 layers of the language model; .* num_hidden_layers 2"):
         load_model(folder)
 
 
