@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import pytest
 import torch
 
+from data.loader import build_loader
 from data.sources import SourceLost
 from data.types import PackedBatch
 from tests.distributed.launch import run_distributed
@@ -21,12 +21,12 @@ from train.distributed.collectives import rank
 from train.state import TrainState
 
 LOST = "rows.jsonl: cannot be read any more"
+SAVED = {3: ["0000002", "0000003"], 2: ["0000002"], 0: []}
+"""Steps before the data is lost -> what is saved, with a checkpoint every two steps."""
 
 
 def lost_after(steps: int, folder: str) -> tuple[str, int, list[str]]:
     """What a rank says, its step, and what is saved, if rank 1 loses its data in the second micro-batch after some steps."""
-    from data.loader import build_loader
-
     args = toy_args(
         checkpoint_dir=folder, save_every=2, total_steps=9, gradient_accumulation_steps=2, warmup_steps=2
     )
@@ -48,22 +48,25 @@ def lost_after(steps: int, folder: str) -> tuple[str, int, list[str]]:
             return SimpleNamespace(step=state.step)
         return real(run, state, batches)
 
-    loop.training_step = step  # type: ignore[assignment]  # in a process of its own
     objective = SimpleNamespace(weights={"ce": 1.0}, counts=lambda batch: torch.ones(1, dtype=torch.float64))
     run = functools.partial(
         SimpleNamespace, args=args, objective=objective, world=SimpleNamespace(device="cpu")
     )
     quiet = SimpleNamespace(step=lambda _: None, note=lambda _: None)
     try:
+        loop.training_step = step  # type: ignore[assignment]  # in a process of its own
         loop.train(cast(Any, run(flops=lambda _: 0.0)), state, source, checkpoints, cast(Any, quiet))
     except SourceLost as e:
-        return str(e), state.step, sorted(p.name for p in Path(folder).iterdir())
+        return str(e), state.step, sorted(p.name for p in Path(folder).glob("*"))
+    finally:
+        loop.training_step = real
     raise AssertionError("the run went on")
 
 
-@pytest.mark.parametrize(("steps", "saved"), [(3, ["0000002", "0000003"]), (2, ["0000002"]), (0, [])])
-def test_a_rank_that_loses_its_data_ends_all_with_a_checkpoint(
-    tmp_path: Path, steps: int, saved: list[str]
-) -> None:
-    found = run_distributed(lost_after, 2, steps, str(tmp_path))
-    assert found == [(LOST, steps, saved)] * 2
+def all_cases(folder: str) -> list[tuple[str, int, list[str]]]:
+    return [lost_after(steps, f"{folder}/{steps}") for steps in SAVED]
+
+
+def test_a_rank_that_loses_its_data_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    for found in run_distributed(all_cases, 2, str(tmp_path)):
+        assert found == [(LOST, steps, saved) for steps, saved in SAVED.items()]

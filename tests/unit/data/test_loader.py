@@ -12,6 +12,7 @@ from data.ledger import accounts, add_amounts, count_trained
 from data.loader import build_loader, to_bytes
 from data.order import lanes_of
 from data.policy import PackBudget
+from data.sources import SourceLost
 from data.stream import StreamPlan
 from data.types import LaneCursor
 from tests.unit.data.toy_groups import LAYOUT, SPECIAL, fingerprint, group, lengths, mixed_groups
@@ -156,6 +157,13 @@ def test_bad_data_stops_the_trainer_with_the_same_line_with_and_without_workers(
 def test_an_error_in_a_worker_reaches_the_trainer():
     error = fail(1, "bug")
     assert str(error) == "data worker: ZeroDivisionError: no such thing"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_lost_data_is_no_reject_and_known_as_what_it_is(num_workers):
+    error = fail(num_workers, "lost")
+    assert type(error) is SourceLost
+    assert str(error) == "toy.jsonl: cannot be read any more"
 
 
 @pytest.mark.timeout(60)

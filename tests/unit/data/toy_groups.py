@@ -10,7 +10,7 @@ from data.dataset_base import DropoutSpec, SkipSample, TaskDataset
 from data.layout import LayoutSpec
 from data.mixture import Group, WhenExhausted
 from data.policy import PackBudget
-from data.sources import Record
+from data.sources import Record, SourceLost
 from data.stream import StreamPlan
 from data.tokens import SpecialTokens
 from data.types import PackedBatch, Sample, Segment
@@ -61,6 +61,7 @@ class NumberDataset(TaskDataset):
             "skip": SkipSample("bad_number", "the number is negative"),
             "shape": KeyError("value"),
             "bug": ZeroDivisionError("no such thing"),
+            "lost": SourceLost("toy.jsonl: cannot be read any more"),
         }[self.fault]
 
 
