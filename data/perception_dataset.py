@@ -9,7 +9,7 @@ import numpy as np
 
 from data.conversation import IMAGE, Target, Turn, build_sample, image_segment
 from data.dataset_base import Record, SkipSample, TaskDataset
-from data.rows import PhotoRow, ReasonRow, ReferRow, ThingRow, read_row
+from data.rows import PhotoRow, ReasonRow, ReferRow, SceneRow, ThingRow, read_row
 from data.tokens import ANCHORS
 from data.transforms.boxes import normalised_box, paint_shapes, read_mask, resized_mask
 from data.types import Sample
@@ -104,12 +104,13 @@ class ReferDataset(TaskDataset):
         Raises:
             SkipSample: if the record does not fit its table, or lacks what the templates ask for.
         """
+        scene = read_row(SceneRow, record.data)
         things = []
-        for annotation in record.data["annotations"]:
+        for annotation in scene.things:
             what = f"annotation {annotation.get('id')}"
             row = read_row(ThingRow, annotation, what)
-            if row.category not in record.data["categories"]:
-                known = ", ".join(str(c) for c in list(record.data["categories"])[:20])
+            if row.category not in scene.categories:
+                known = ", ".join(str(c) for c in list(scene.categories)[:20])
                 raise SkipSample(
                     "unknown_category", f"{what}: category_id {row.category!r} is not one of {known}"
                 )
@@ -129,7 +130,7 @@ class ReferDataset(TaskDataset):
                     mask=None if row.mask is None else partial(read_mask, row.mask),
                 )
             )
-        return read_row(PhotoRow, record.data["image"], "image").file, things
+        return read_row(PhotoRow, scene.photo, "image").file, things
 
     def _targets(self, thing: Thing, size: tuple[int, int], hw: tuple[int, int]) -> Iterator[Target]:
         if self.templates["box"] and thing.box is not None:

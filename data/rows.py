@@ -79,6 +79,10 @@ def as_text(value: Any) -> str:
     """A text, as it is."""
     if not isinstance(value, str):
         raise ValueError(f"is {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON may hold half of a pair of code units
+        raise ValueError(f"has a character that is none: {_shown(value)}") from None
     return value
 
 
@@ -90,7 +94,7 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         role, text = said.get("from"), said.get("value")
         if role not in ("human", "gpt") or not isinstance(text, str):
             raise ValueError(f"has in turn {i} {_shown(message)}")
-        turns.append(Turn(role=cast(Role, role), text=text))
+        turns.append(Turn(role=cast(Role, role), text=as_text(text)))
     return tuple(turns)
 
 
@@ -115,17 +119,15 @@ def as_captions(value: Any) -> tuple[str, ...]:
         except ValueError as e:
             raise ValueError(f"is {_shown(value)}, no JSON") from e
     texts = list(value.values()) if isinstance(value, dict) else _as_list(value)
-    if wrong := [t for t in texts if not isinstance(t, str)]:
-        raise ValueError(f"has the text {_shown(wrong[0])}")
-    return tuple(t for t in texts if t.strip())
+    return tuple(text for text in map(as_text, texts) if text.strip())
 
 
 def as_names(value: Any) -> tuple[str, ...]:
     """Texts that each say something."""
-    names = _as_list(value)
-    if wrong := [n for n in names if not isinstance(n, str) or not n.strip()]:
-        raise ValueError(f"has the text {_shown(wrong[0])}")
-    return tuple(names)
+    names = tuple(map(as_text, _as_list(value)))
+    if not all(name.strip() for name in names):
+        raise ValueError("has a text that is blank")
+    return names
 
 
 def as_name_or_names(value: Any) -> tuple[str, ...]:
@@ -165,6 +167,9 @@ def as_objects(value: Any) -> Mapping[str, list[Any]]:
     if not isinstance(value, dict) or not all(isinstance(value.get(key, []), list) for key in OBJECT_KEYS):
         raise ValueError(f"is {_shown(value)}")
     known = {key: value[key] for key in OBJECT_KEYS if key in value}
+    for key, kind in (("ref", str), ("image", int)):
+        if wrong := [v for v in known.get(key, []) if v is not None and type(v) is not kind]:
+            raise ValueError(f"has under {key} {_shown(wrong[0])}")
     if len({len(values) for values in known.values()}) > 1:
         raise ValueError("has " + ", ".join(f"{key} {len(values)}" for key, values in known.items()))
     return known
@@ -174,9 +179,28 @@ def as_box(value: Any) -> tuple[float, float, float, float]:
     """Four numbers."""
     try:
         a, b, c, d = (float(v) for v in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"is {_shown(value)}") from None
     return a, b, c, d
+
+
+def as_key(value: Any) -> int | str:
+    """The id of something."""
+    if type(value) not in (int, str):
+        raise ValueError(f"is {_shown(value)}")
+    return value
+
+
+def as_fields(value: Any) -> Mapping[Any, Any]:
+    """Something with fields of its own."""
+    if not isinstance(value, dict):
+        raise ValueError(f"is {_shown(value)}")
+    return value
+
+
+def as_list_of_fields(value: Any) -> tuple[Mapping[Any, Any], ...]:
+    """Several of `as_fields`."""
+    return tuple(map(as_fields, _as_list(value)))
 
 
 def as_it_is(value: Any) -> Any:
@@ -290,6 +314,19 @@ class StepsRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SceneRow:
+    """A picture of a COCO file with all that stands there about it."""
+
+    photo: Mapping[Any, Any] = column("image", read=as_fields, form="an object", reason="bad_image_list")
+    things: tuple[Mapping[Any, Any], ...] = column(
+        "annotations", read=as_list_of_fields, form="a list of objects", reason="no_target"
+    )
+    categories: Mapping[Any, Any] = column(
+        "categories", read=as_fields, form="categories by their ids", reason="unknown_category"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhotoRow:
     """A picture of a COCO file."""
 
@@ -303,7 +340,9 @@ class ThingRow:
     names: tuple[str, ...] = column(
         "expressions", read=as_names, form="a list of texts that name the thing", reason="no_expression"
     )
-    category: Any = column("category_id", read=as_it_is, form="a category's id", reason="unknown_category")
+    category: int | str = column(
+        "category_id", read=as_key, form="a category's id", reason="unknown_category"
+    )
     box: tuple[float, float, float, float] | None = column(
         "bbox", read=as_box, form="four numbers x, y, width, height", reason="bad_box", default=None
     )

@@ -29,7 +29,7 @@ def normalised_box(xyxy: Sequence[float], size: tuple[int, int], what: str) -> T
     width, height = size
     try:
         x0, y0, x1, y1 = (float(v) for v in xyxy)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SkipSample("bad_box", f"{what}: a box is four numbers, not {xyxy!r}") from None
     box = torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]).clamp(0, 1)
     if not (box[2] > box[0] and box[3] > box[1]):  # also refuses NaN
@@ -54,11 +54,11 @@ def read_mask(segmentation: Any, size: tuple[int, int], what: str) -> np.ndarray
     """
     width, height = size
     if isinstance(segmentation, dict):
-        rle_hw = tuple(segmentation.get("size", ()))
-        if rle_hw != (height, width):
+        rle_hw = segmentation.get("size")
+        if rle_hw != [height, width]:
             raise SkipSample(
                 "mask_size",
-                f"{what}: mask has [height, width] {list(rle_hw)}, the picture {[height, width]}; make it again",
+                f"{what}: mask has [height, width] {rle_hw!s:.60}, the picture {[height, width]}; make it again",
             )
         mask = _from_rle(segmentation, (height, width), what)
     elif isinstance(segmentation, list) and segmentation:
@@ -89,16 +89,14 @@ def paint_shapes(shapes: Sequence[tuple[str, Sequence[Any]]], size: tuple[int, i
     for label, points in shapes:
         if label.lower() == "flag":
             continue
+        canvas = Image.new("L", size, 0)
         try:
             corners = [(int(x), int(y)) for x, y in points]
+            ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
         except (TypeError, ValueError, OverflowError):
             raise SkipSample(
-                "bad_mask", f"{what}: corners are pairs of numbers, not {points!s:.60}"
+                "bad_mask", f"{what}: a shape's corners are two pairs of numbers or more, not {points!s:.60}"
             ) from None
-        if len(corners) < 3:
-            raise SkipSample("bad_mask", f"{what}: a shape has {len(corners)} corners, at least 3 are needed")
-        canvas = Image.new("L", size, 0)
-        ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
         layers.append((np.array(canvas, dtype=bool), "ignore" not in label.lower()))
     mask = np.zeros((size[1], size[0]), np.uint8)
     for layer, value in reversed(sorted(layers, key=lambda entry: entry[0].sum())):
@@ -160,9 +158,12 @@ def _from_polygons(polygons: list, size: tuple[int, int], what: str) -> np.ndarr
     canvas = Image.new("L", size, 0)
     draw = ImageDraw.Draw(canvas)
     for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        try:
+            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError("no pairs")
+            draw.polygon([float(v) for v in polygon], fill=1)
+        except (TypeError, ValueError, OverflowError):
             raise SkipSample(
                 "bad_mask", f"{what}: a polygon is a list of at least three x, y pairs, not {polygon!s:.60}"
-            )
-        draw.polygon([float(v) for v in polygon], fill=1)
+            ) from None
     return np.array(canvas)

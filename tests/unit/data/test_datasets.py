@@ -201,6 +201,45 @@ def test_every_class_skips_an_empty_record(tokenizer, name):
         sample_of(dataset, empty.get(dataset.source_format, {}))
 
 
+ODD = [
+    None, "", 0, -1, 3.5, float("nan"), True, [], {}, [None], ["x"], {"a": 1}, "\ud800", 10**400, [1, 2, 3, 4], "<image><SEG>",
+]  # fmt: skip
+
+
+def places(value, path=()):
+    """The places of everything inside a row."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def changed(row, path, value):
+    if not path:
+        return value
+    copy = dict(row) if isinstance(row, dict) else list(row)
+    copy[path[0]] = changed(row[path[0]], path[1:], value)
+    return copy
+
+
+@pytest.mark.parametrize("dataset_class", ROWS)
+def test_whatever_stands_in_a_row_it_is_a_sample_or_refused(tokenizer, dataset_class):
+    row = ROWS[dataset_class]
+    if dataset_class is VlmDataset:
+        mask = {"size": [64, 64], "counts": [0, 4096]}
+        objects = {"ref": ["a"], "bbox": [[1, 1, 5, 5]], "mask": [mask], "image": [0]}
+        row = {**row, "message": message("<image>q", "<BOX> <SEG>"), "objects": objects}
+    dataset, refused = make(dataset_class, tokenizer), 0
+    for path in places(row):
+        for odd in ODD:
+            try:
+                sample_of(dataset, changed(row, path, odd))
+            except SkipSample as e:
+                assert e.reason and e.message
+                refused += 1
+    assert refused > 20
+
+
 def test_an_edit_whose_answer_follows_the_picture(tokenizer):
     row = {**EDIT, "message": message("Paint it.", "<image> Now it is blue.")}
     expected = ["cond_image:1", "und_image:1", "Paint it.", "gen_image:2", "*Now it is blue."]
