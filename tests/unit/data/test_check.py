@@ -291,8 +291,18 @@ def break_mixture(root: Path) -> None:
     (root / "data/few.jsonl").write_text("\n".join(lines_of(root / "data/text_train.jsonl")[3:7]) + "\n")
     (root / "data/empty.jsonl").write_text("\n")
     write_referring_rows(root / "data/pointed.jsonl")
+    shutil.copy(root / "data/edit_val.jsonl", root / "data/large.jsonl")
+    large = own_picture(root, "large.png", "input_img", lambda p: Image.new("RGB", (4096, 16)).save(p))
+    plant(root / "data/large.jsonl", 2, "too_large", large)
+    mixture["dataset_info"]["edit_jsonl"]["large"] = {"jsonl_path": "data/large.jsonl"}
     mixture["dataset_info"]["refer_jsonl"] = {"pointed": {"jsonl_path": "data/pointed.jsonl"}}
     mixture |= {
+        "large": {
+            **mixture["edit"],
+            "type": "edit_jsonl",
+            "dataset_names": ["large"],
+            "upstream_compat": True,
+        },
         "pointed": {
             "type": "refer_jsonl",
             "dataset_names": ["pointed"],
@@ -360,7 +370,12 @@ def test_every_planted_fault_is_found_at_its_place(broken_report):
     }
     missed = sorted(set(PLANTED) - found)
     assert not missed, missed
-    assert len({kind for kind, _ in PLANTED}) >= 30
+    assert len({kind for kind, _ in PLANTED}) >= 35
+
+
+def test_every_kind_of_the_table_is_planted(broken_report):
+    # Leaks have a test of their own; `unusable` is for reasons that are not in the table.
+    assert set(checks.CHECKS) - {kind for kind, _ in PLANTED} == {"leaked_picture", "leaked_text", "unusable"}
 
 
 def test_nothing_else_is_found(broken_report):
