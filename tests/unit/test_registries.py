@@ -5,6 +5,7 @@ Datasets and metrics have the deeper sweeps over their tables in data/test_datas
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from data.dataset_info import DATASET_REGISTRY
 from data.packing import pack
 from data.policy import POLICIES
+from data.sources import FORMATS
 from data.tokens import ANCHORS
 from data.transforms import TRANSFORMS, build_transform
 from data.types import Sample
@@ -52,6 +54,18 @@ def test_every_row_is_documented(row: str) -> None:
 def test_dataset_options_can_be_left_out(name: str) -> None:
     options = DATASET_REGISTRY[name].options()
     assert [n for n, option in options.items() if option.default is inspect.Parameter.empty] == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_names_what_is_missing_under_the_key_it_is_read_from(name: str, tmp_path: Path) -> None:
+    for key in FORMATS[name].keys:
+        with pytest.raises(ValueError, match=rf"gone.*check '{FORMATS[name].keys[0]}' in dataset_info"):
+            FORMATS[name].open({key: str(tmp_path / "gone")}, None)
+
+
+@pytest.mark.parametrize("name", DATASET_REGISTRY)
+def test_a_dataset_class_reads_a_format_that_there_is(name: str) -> None:
+    assert DATASET_REGISTRY[name].source_format in FORMATS
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
