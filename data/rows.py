@@ -7,6 +7,7 @@ names are left alone: published rows carry many notes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from data.conversation import Role, Turn
@@ -54,18 +55,22 @@ def read_row(kind: type[Row], row: Mapping[str, Any], what: str = "") -> Row:
         SkipSample: naming the key, what is wrong with it and what it must be.
     """
     values: dict[str, Any] = {}
-    for f in fields(cast(Any, kind)):
-        rule: Column = f.metadata["column"]
+    for name, rule in _columns(cast(Any, kind)):
         key = next((key for key in rule.keys if not _is_absent(row.get(key))), None)
         try:
             if key is None and rule.default is REQUIRED:
                 raise ValueError("is missing or empty")
-            values[f.name] = rule.default if key is None else rule.read(row[key])
+            values[name] = rule.default if key is None else rule.read(row[key])
         except ValueError as e:
             named = " or ".join(f"`{k}`" for k in rule.keys if key in (None, k))
             message = f"{named} {e}; it must be {rule.form}: correct the row or remove it"
             raise SkipSample(rule.reason, f"{what}: {message}" if what else message) from None
     return kind(**values)
+
+
+@cache
+def _columns(kind: Any) -> tuple[tuple[str, Column], ...]:
+    return tuple((f.name, f.metadata["column"]) for f in fields(kind))
 
 
 def _is_absent(value: Any) -> bool:
