@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from data.checks import CHECKS, SEVERITIES
-from data.inspect import add_plan_flags, stream_plan
+from data.inspect import add_plan_flags, parse_plan_args, stream_plan
 from data.mixture import Group, GroupSpec, build_groups, load_mixture
 from data.prediction import Prediction, predict
 from data.scan import COLUMNS, Found, Place, Scan, scan_groups
@@ -92,9 +92,9 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check; returns the exit code."""
-    args = _parser().parse_args(argv)
     logging.getLogger("data").setLevel(logging.ERROR)  # its warnings are faults here
     try:
+        args = parse_plan_args(_parser(), argv)
         _require_numbers(args)
         tokenizer = Tokenizer(args.model_path)
         report = check(args, tokenizer)
@@ -124,7 +124,7 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> Report:
     """
     started = time.monotonic()
     found: list[tuple[str, str, Found]] = []
-    groups = open_mixture(args.dataset_config_file, tokenizer, found)
+    groups = open_mixture(args, tokenizer, found)
     plan = stream_plan(args, groups, tokenizer)
     samples = None if args.scan else args.samples
     progress = _Progress(args.dataset_config_file)
@@ -173,12 +173,15 @@ def _in_order(found: Sequence[tuple[str, str, Found]], accepted: Sequence[str]) 
 # ------------------------------------------------------------------------------------------------ the mixture
 
 
-def open_mixture(file: Path, tokenizer: Tokenizer, found: list[tuple[str, str, Found]]) -> tuple[Group, ...]:
+def open_mixture(
+    args: argparse.Namespace, tokenizer: Tokenizer, found: list[tuple[str, str, Found]]
+) -> tuple[Group, ...]:
     """The groups that can be opened; what is wrong with the others is added to `found`.
 
     Raises:
         ValueError: if no group is left.
     """
+    file: Path = args.dataset_config_file
     faults: list[ValueError] = []
     with _told() as warnings:
         try:
@@ -192,7 +195,11 @@ def open_mixture(file: Path, tokenizer: Tokenizer, found: list[tuple[str, str, F
     for warning in warnings:
         _, name, place = _yaml_fault(file, warning, lines)
         found.append(("no_effect", name, place))
-    groups = [group for spec in specs if (group := _open(spec, tokenizer, lines, found)) is not None]
+
+    def build(spec: GroupSpec) -> Group:
+        return build_groups((spec,), tokenizer, args.index_cache_dir)[0]
+
+    groups = [group for spec in specs if (group := _open(spec, build, lines, found)) is not None]
     if not groups:
         told = [place.message for _, _, places in found for place in places.first]
         raise ValueError(f"{file}: no group can be checked: {' | '.join(told)}")
@@ -226,7 +233,10 @@ def _yaml_fault(file: Path, text: str, lines: "YamlLines") -> tuple[str, str, Fo
 
 
 def _open(
-    spec: GroupSpec, tokenizer: Tokenizer, lines: "YamlLines", found: list[tuple[str, str, Found]]
+    spec: GroupSpec,
+    build: Callable[[GroupSpec], Group],
+    lines: "YamlLines",
+    found: list[tuple[str, str, Found]],
 ) -> Group | None:
     """The group, of those of its data sets that can be opened: one by one, so that each missing one is named."""
     parts: list[Group] = []
@@ -234,7 +244,7 @@ def _open(
     for source in spec.sources:
         try:
             with _told() as warnings:
-                (part,) = build_groups((replace(spec, sources=(source,)),), tokenizer)
+                part = build(replace(spec, sources=(source,)))
         except (ValueError, OSError) as e:
             message = str(e).removeprefix(f"group {spec.name!r}: ")
             location = source.location[source.path_key]
@@ -338,7 +348,7 @@ def _leaks(
     plan: StreamPlan, scans: Mapping[str, Scan], args: argparse.Namespace, tokenizer: Tokenizer
 ) -> list[tuple[str, str, Found]]:
     """Pictures, and texts without pictures, that the mixture `--against` has as well."""
-    others = build_groups(load_mixture(args.against), tokenizer)
+    others = build_groups(load_mixture(args.against), tokenizer, args.index_cache_dir)
     progress = _Progress(args.against)
     theirs = scan_groups(
         replace(plan, groups=others),

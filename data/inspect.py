@@ -20,6 +20,7 @@ from data.layout import LayoutSpec, lay_out
 from data.mixture import Group, build_groups, load_mixture
 from data.packing import pack
 from data.policy import POLICIES, PackBudget
+from data.run_file import run_file_lines
 from data.stream import LaneStream, StreamPlan
 from data.tokens import SpecialTokens, Tokenizer
 from data.types import LaneCursor, PackedBatch, Region, Sample, Segment
@@ -36,8 +37,8 @@ WIDTHS = (13, 11, 18, 12)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print packs; returns the exit code."""
-    args = _parser().parse_args(argv)
     try:
+        args = parse_plan_args(_parser(), argv)
         plan, tokenizer = build_plan(args)
         stream = LaneStream(plan, LaneCursor(lane=args.lane))
         for number in range(args.packs):
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_plan(args: argparse.Namespace) -> tuple[StreamPlan, Tokenizer]:
     """What the command line describes."""
     tokenizer = Tokenizer(args.model_path)
-    groups = build_groups(load_mixture(args.dataset_config_file), tokenizer)
+    groups = build_groups(load_mixture(args.dataset_config_file), tokenizer, args.index_cache_dir)
     return stream_plan(args, groups, tokenizer), tokenizer
 
 
@@ -228,12 +229,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_plan_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line over those lines of its `--config` that `add_plan_flags` knows; the others are the trainer's own.
+
+    Raises:
+        ValueError: if the run file cannot be read.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first, plan = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
+    first.add_argument("--config", type=Path)
+    run_file = first.parse_known_args(argv)[0].config
+    add_plan_flags(plan)
+    known = vars(plan.parse_args(["--dataset_config_file", ""]))
+    lines = run_file_lines(run_file) if run_file else ()
+    given = ((key.replace("-", "_"), value) for _, key, value in lines)
+    return parser.parse_args([*(f"--{key}={value}" for key, value in given if key in known), *argv])
+
+
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """The trainer's flags that decide which packs come, under its names; the limits are those of the quickstart."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a run file of the trainer with any of these flags"
+    )
     parser.add_argument("--dataset_config_file", type=Path, required=True, help="the mixture YAML")
     parser.add_argument(
         "--model_path", type=Path, default=Path("runs/quickstart/base"), help="a model directory"
     )
+    parser.add_argument("--index_cache_dir", default="", help="directory for the indexes of the data")
     parser.add_argument("--num_lanes", type=int, default=48)
     parser.add_argument("--data_seed", type=int, default=42)
     parser.add_argument("--expected_num_tokens", type=int, default=4096)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from data.run_file import run_file_lines
 from train.published import implied_values, refuse_unbuilt, spelled_out
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
@@ -546,33 +547,15 @@ def read_run_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if a file is missing or is no flat mapping of flags, or includes itself.
     """
-    return _read_run_file(path, ())
-
-
-def _read_run_file(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in including:
-        raise ValueError(f"{path}: _base_ leads back to this file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: has to be lines of `flag: value`")
-    bases = content.pop("_base_", [])
     values: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        values.update(_read_run_file(path.parent / base, (*including, path.resolve())))
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    for file, key, value in run_file_lines(path):
+        name = key.replace("-", "_")
         if name not in FLAGS:
-            raise ValueError(f"--config {path}: unknown key {key!r}{_nearest(name)}")
+            raise ValueError(f"--config {file}: unknown key {key!r}{_nearest(name)}")
         try:
             values[name] = _convert(FLAGS[name], value)
         except ValueError as error:
-            raise ValueError(f"--config {path}: {key}: {error}") from error
+            raise ValueError(f"--config {file}: {key}: {error}") from error
     return values
 
 

@@ -500,6 +500,7 @@ def test_processes_find_the_same(broken, broken_report):
         (["--dataset_config_file", "nowhere.yaml"], "nowhere.yaml"),
         (["--dataset_config_file", "mixture.yaml", "--model_path", "nowhere"], "nowhere"),
         (["--dataset_config_file", "mixture.yaml", "--samples", "0"], "--samples"),
+        (["--dataset_config_file", "mixture.yaml", "--config", "nowhere_run.yaml"], "nowhere_run.yaml"),
     ],
 )
 def test_what_cannot_be_checked_is_said_in_one_line(quickstart, monkeypatch, capsys, flags, said):
@@ -507,6 +508,20 @@ def test_what_cannot_be_checked_is_said_in_one_line(quickstart, monkeypatch, cap
     assert main(["--model_path", "model", *flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_limits_come_from_the_run_file_of_the_trainer(quickstart, tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text("max_num_tokens: 3200\nmax-num-tokens-per-sample: 150\nlr: 0.1\n")
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        f"_base_: base.yaml\nexpected_num_tokens: 2900\ndataset_config_file: {quickstart}/mixture.yaml\n"
+    )
+    flags = ["--config", str(run_file), "--model_path", str(quickstart / "model"), "--num_lanes", str(LANES)]
+    few = ["--samples", "5", "--num_workers", "0"]
+    assert main([*flags, *few]) == 1
+    said = capsys.readouterr().out
+    assert "of 3,200 tokens full" in said and "175 tokens, the limit is 150" in said
+    assert main([*flags, *few, "--max_num_tokens_per_sample", "1000"]) == 0  # the command line wins
 
 
 def test_a_mixture_without_a_usable_group_cannot_be_checked(quickstart, capsys):
