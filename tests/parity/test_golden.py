@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, ItemsView, Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.parity import run
 from tests.parity.kinds import KINDS, NOT_BUILT, find_cases, kind_of, run_case
@@ -25,6 +27,56 @@ def test_same_numbers(case: Path) -> None:
 
 def test_every_kind_has_a_committed_case() -> None:
     assert {kind_of(case) for case in find_cases(COMMITTED)} == set(KINDS)
+
+
+@pytest.mark.skipif(GOLDEN != run.BESIDE, reason="the page is about all cases, and only some are here")
+def test_the_page_has_every_case() -> None:
+    page = (Path(run.__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = {
+        tuple(line.strip("| ").split(" | ")[:2]) for line in page.splitlines() if line.endswith("| yes |")
+    }
+    assert rows == {(kind_of(case), case.name) for case in CASES}
+    assert all(f"- {name}: {why}." in page for name, why in NOT_BUILT.items())
+    assert page.count("\n- ") == len(NOT_BUILT)
+
+
+class _Asked(dict[str, Tensor]):
+    """Tensors that remember which of them were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        self.asked.update(self)
+        return super().items()
+
+
+WITH_TENSORS = [c for c in CASES if (c / "expected.safetensors").is_file()]
+
+
+@pytest.mark.parametrize("case", WITH_TENSORS, ids=lambda c: str(c.relative_to(GOLDEN)))
+def test_every_expected_tensor_is_looked_at(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[_Asked] = []
+
+    def remember(file: str | Path) -> Mapping[str, Tensor]:
+        if Path(file).name != "expected.safetensors":
+            return load_file(file)
+        expected.append(_Asked(load_file(file)))
+        return expected[-1]
+
+    monkeypatch.setattr(sys.modules[KINDS[kind_of(case) or ""][1].__module__], "load_file", remember)
+    run_case(case)
+    (tensors,) = expected
+    assert tensors and not set(tensors) - tensors.asked
 
 
 def _tensor(key: str) -> Callable[[Path], str]:
@@ -61,6 +113,9 @@ CHANGES: Mapping[tuple[str, str], Callable[[Path], str]] = {
     ("bagel/04_edit", "hidden state"): _tensor("last_hidden_state"),
     ("bagel/04_edit", "gradient"): _tensor("grad/vae2llm.weight"),
     ("bagel/04_edit", "gradient norm"): _tensor("grad_norm/connector.fc1.weight"),
+    ("bagel/04_edit", "scalar"): _json("expected.json", "scalars", "mse_mean"),
+    ("bagel_packer/05_mixed_flex", "padding"): _json("expected.json", "split_lens", -1),
+    ("bagel_packer/04_mixed_nested", "sequence"): _json("expected.json", "sequence_length"),
     ("bagel_packer/04_mixed_nested", "index"): _tensor("ce_loss_indexes"),
     ("bagel_packer/04_mixed_nested", "length"): _json("expected.json", "sample_lens", 0),
     ("bagel_packer", "chosen sample"): _json(
@@ -71,6 +126,9 @@ CHANGES: Mapping[tuple[str, str], Callable[[Path], str]] = {
     ("bagel_inference/text_05_stop", "logits"): _tensor("step_logits"),
     ("bagel_inference/text_05_stop", "token"): _tensor("generated"),
     ("bagel_inference/text_05_stop", "position"): _json("expected.json", "context_after_op", -1, "rope", 0),
+    ("bagel_inference/text_05_stop", "place in the cache"): _tensor("op1/packed_key_value_indexes"),
+    ("bagel_inference/text_05_stop", "last token"): _json("expected.json", "argmax_of_last_step", 0),
+    ("bagel_inference/text_05_stop", "cache at the end"): _json("expected.json", "kv_len_after_generation"),
     ("bagel_inference/image_12_taylorseer", "velocity"): _tensor("v_t"),
     ("bagel_inference/image_11_batch_global", "latents"): _tensor("final_latent_tokens.1"),
     ("bagel_inference/image_11_batch_global", "length"): _json(

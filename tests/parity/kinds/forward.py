@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from modeling.ops.flow import velocity_target
 from tests.parity.comparison import Comparison
@@ -29,39 +30,42 @@ def run(folder: Path) -> Comparison:
     found = Comparison()
     found.close("last_hidden_state", out.hidden, expected["last_hidden_state"], TOLERANCE)
     loss = torch.zeros(())
+    ours: dict[str, Tensor] = {}
     if "ce" in expected:
         ce = F.cross_entropy(out.logits, batch.label_ids, reduction="none")
         found.close("ce_logits", out.logits, expected["ce_logits"], TOLERANCE)
         found.close("ce", ce, expected["ce"], TOLERANCE)
+        ours["ce_mean"] = ce.mean()
+        ours["ce_reweighted"] = (ce * batch.label_weight).sum() / batch.label_weight.sum()
         loss = loss + ce.mean()
-        if "ce_reweighted" in facts["scalars"]:
-            weighted = (ce * batch.label_weight).sum() / batch.label_weight.sum()
-            found.close("ce_reweighted", weighted, torch.tensor(facts["scalars"]["ce_reweighted"]), TOLERANCE)
     if "mse" in expected:
         target = velocity_target(flow.latents, flow.noise)
         mse = (out.velocity - target)[batch.gen_timestep > 0].square()
         found.close("mse", mse, expected["mse"], TOLERANCE)
+        ours["mse_mean"], ours["mse_per_token_then_token_mean"] = mse.mean(), mse.mean(-1).mean()
         loss = loss + mse.mean()
     found.close("loss", loss, expected["loss"], TOLERANCE)
     loss.backward()
 
     rounding = set(facts.get("params_with_rounding_noise_grad", []))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    total = torch.stack([g.double().norm() for g in gradients.values()]).norm()
-    theirs_total = torch.tensor(facts["scalars"]["total_grad_norm"], dtype=torch.float64)
-    found.close("total_grad_norm", total, theirs_total, GRADIENT_TOLERANCE)
+    ours["loss"] = loss
+    ours["total_grad_norm"] = torch.stack([g.double().norm() for g in gradients.values()]).norm()
+    for name, theirs in facts["scalars"].items():
+        allowed = GRADIENT_TOLERANCE if name == "total_grad_norm" else TOLERANCE
+        found.close(f"scalars/{name}", ours[name], torch.tensor(theirs, dtype=torch.float64), allowed)
     surplus = [n for n in facts["params_without_grad"] if n in gradients and gradients[n].any()]
     found.equal("params_without_grad", surplus, [])
     for key, value in expected.items():
         kind, _, name = key.partition("/")
         if kind not in ("grad", "grad_norm") or name in rounding:
             continue
-        ours = gradients.get(name, torch.zeros_like(value))  # a missing gradient is as good as a zero one
+        gradient = gradients.get(name, torch.zeros_like(value))  # a missing gradient is as good as a zero one
         if kind == "grad_norm":
             # Gradients below 1e-6 are zero up to rounding.
-            norm, theirs = ours.double().norm(), value.double()
+            norm, theirs = gradient.double().norm(), value.double()
             allowed = max(GRADIENT_TOLERANCE, 1e-6 / float(theirs.clamp(min=1e-30)))
             found.close(key, norm, theirs, allowed)
         else:
-            found.close(key, ours, value, GRADIENT_TOLERANCE)
+            found.close(key, gradient, value, GRADIENT_TOLERANCE)
     return found

@@ -127,15 +127,30 @@ class Case:
         """Prefill one operation after the other."""
         context = self.decoder.start(batch)
         for i, op in enumerate(ops):
+            past = tuple(context.cache.lens)
             self.decoder.prefill(context, self._segments(op))
-            self.compare_layout(self.decoder.packed[-1], f"{prefix}op{i}")
+            self.compare_layout(self.decoder.packed[-1], past, f"{prefix}op{i}")
             if "context_after_op" in self.answers:
                 self.compare_counters(context, f"op{i}", self.answers["context_after_op"][i])
         return context
 
-    def compare_layout(self, batch: PackedBatch, prefix: str) -> None:
-        """What goes in at one step: ids, rotary positions, places in the tables, lengths."""
+    def compare_layout(self, batch: PackedBatch, past: Sequence[int], prefix: str) -> None:
+        """What goes in at one step behind `past` tokens of each sequence: ids, positions, places, lengths."""
+        held, new = _merged_places(past, batch.sample_lens)
+        if prefix == "start":  # the published loop makes room for each token later
+            held = torch.arange(sum(past))
+        is_text = not len(batch.und_index) and not len(batch.gen_index)
         ours = {
+            "key_values_lens": torch.tensor(past, dtype=torch.int32),
+            "cfg_key_values_lens": torch.tensor(past, dtype=torch.int32),
+            "packed_key_value_indexes": held,
+            "cfg_packed_key_value_indexes": held,
+            "packed_indexes": new,
+            "cfg_packed_query_indexes": new,
+            "packed_text_indexes": new if is_text else batch.text_index,
+            "packed_timesteps": batch.gen_timestep.unique().long(),
+            "packed_start_tokens": batch.text_ids,
+            "packed_query_position_ids": batch.position,
             "packed_text_ids": batch.text_ids,
             "packed_position_ids": batch.position,
             "packed_text_position_ids": batch.position,  # of a step with text only
@@ -190,8 +205,18 @@ class Case:
         `end` stops the answer; None: the prompts' end token, which no case without an end of its own writes.
         """
         decoder = self.decoder if end is None else self._decoder(end)
+        past, before = tuple(context.cache.lens), len(decoder.packed)
         texts = decoder.write(context, steps - 1)
+        self.compare_layout(decoder.packed[before], past, "start")
         return [t.ids for t in texts], torch.stack([s for s in decoder.logits if len(s) == len(texts)])
+
+
+def _merged_places(past: Sequence[int], new: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where cached and new tokens stand in the published cache, which is one sequence: past, new, past, new, and so on."""
+    parts = torch.arange(sum(past) + sum(new)).split(
+        [n for both in zip(past, new, strict=True) for n in both]
+    )
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
 
 def run(folder: Path) -> Comparison:
@@ -206,13 +231,15 @@ def run_text(case: Case) -> None:
     """Caches after the prompt, tokens, logits of every step."""
     context = case.context(case.facts["ops"], case.facts["batch"])
     case.compare_cache(context, "prefill")
-    case.found.equal(
-        "start/rope", torch.tensor(context.position), case.expected["start/packed_query_position_ids"]
-    )
     generated, theirs = case.expected["generated"], case.expected["step_logits"]
     ids, logits = case.write(context, case.facts["max_length"], case.facts["end_token_id"])
     case.found.equal("generated", ids, [column[1:].tolist() for column in generated.T])
+    case.found.equal("generated (JSON)", ids, [row[1:] for row in case.answers["generated"]])
     case.found.close("step_logits", logits[: len(theirs)], theirs, TOLERANCE)
+    last = logits[len(theirs) - 1].argmax(-1).tolist()
+    case.found.equal("argmax_of_last_step", last, case.answers["argmax_of_last_step"])
+    held = sum(context.cache.lens) - len(ids)  # the published loop does not keep the end token
+    case.found.equal("kv_len_after_generation", held, case.answers["kv_len_after_generation"])
 
 
 def run_image(case: Case) -> None:
@@ -236,12 +263,17 @@ def run_image(case: Case) -> None:
 def _denoise(
     case: Case, contexts: Mapping[str, Context], sizes: Sequence[tuple[int, int]], options: DrawOptions
 ) -> Tensor:
-    chosen = [contexts[name] for name in ("gen", "cfg_text", "cfg_img")[: options.num_contexts]]
-    batches = [case.decoder.blank_images(c, sizes) for c in chosen]
-    for name, batch in zip(("query", "query_cfg_text", "query_cfg_img"), batches, strict=False):
-        case.compare_layout(batch, name)
+    names = {"gen": "query", "cfg_text": "query_cfg_text", "cfg_img": "query_cfg_img"}
+    batches = [case.decoder.blank_images(contexts[name], sizes) for name in names]
+    for (name, theirs), batch in zip(names.items(), batches, strict=True):
+        case.compare_layout(batch, tuple(contexts[name].cache.lens), theirs)
+    chosen = [contexts[name] for name in names][: options.num_contexts]
+    used = batches[: len(chosen)]
+    case.found.equal(
+        "packed_init_noises", case.inputs["init_noise"], case.expected["query/packed_init_noises"]
+    )
     steps: list[tuple[float, Tensor, Tensor]] = []
-    x = case.decoder.denoise(chosen, batches, case.inputs["init_noise"], options, lambda *s: steps.append(s))
+    x = case.decoder.denoise(chosen, used, case.inputs["init_noise"], options, lambda *s: steps.append(s))
     for i, (t, x_t, v_t) in enumerate(steps if "x_t" in case.expected else []):
         case.found.close(f"timestep.{i}", torch.tensor(t), case.expected["timesteps"][i], TOLERANCE)
         case.found.close(f"x_t.{i}", x_t, case.expected["x_t"][i], LATENT_TOLERANCE)
