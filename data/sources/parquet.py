@@ -30,13 +30,19 @@ MAX_GROUP_BYTES = 1 << 31
 KEPT_BYTES = 1 << 27
 """Unpacked row groups that a process keeps."""
 
+KEPT_FILES = 16
+"""Files whose footers a process keeps."""
+
+LARGE_GROUP_BYTES = 1 << 26
+"""Row groups that unpack to more make reading in any order slow; the person is told."""
+
 
 def _pyarrow(module: str) -> Any:
     return require(module, package="pyarrow", extra="parquet", why="a Parquet data set")
 
 
 def index_row_groups(path: str, tick: Tick) -> Arrays:
-    """`rows` and unpacked `bytes` of each row group."""
+    """`end`: rows up to the end of each row group. `bytes`: how much each unpacks to."""
     parquet, arrow = _pyarrow("pyarrow.parquet"), _pyarrow("pyarrow")
     try:
         with open_stream(path) as file, parquet.ParquetFile(file) as table:
@@ -45,7 +51,7 @@ def index_row_groups(path: str, tick: Tick) -> Arrays:
     except (arrow.ArrowException, OSError, ValueError) as e:
         raise ValueError(f"{path}: not a readable Parquet file ({brief(e)}); write it again") from e
     return {
-        "rows": np.array(rows, np.int64),
+        "end": np.cumsum(rows, dtype=np.int64),
         "bytes": np.array(sizes, np.int64),
         "count": np.array([sum(rows)]),
     }
@@ -74,19 +80,28 @@ class ParquetSource(IndexedSource):
             files = sorted(expected)
         super().__init__(index_row_groups, files, str(path), cache_dir)
         for stamp, part in zip(self.index.stamps, self.index.parts, strict=True):
-            stated, there = expected.get(stamp.path), len(part["rows"])
+            stated, there = expected.get(stamp.path), len(part["end"])
             if stated is not None and stated != there:
                 raise ValueError(
                     f"{stamp.path}: {there} row groups, {info_path} says {stated}; write the JSON again"
                 )
+        largest = max(int(part["bytes"].max(initial=0)) for part in self.index.parts)
+        if largest > LARGE_GROUP_BYTES:
+            logger.warning(
+                "%s: row groups of up to %.0f MiB; each row that is read in shuffled order costs a whole one: write groups of "
+                "100 rows or fewer (row_group_size), or tar shards",
+                path,
+                largest / 2**20,
+            )
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._opened: OrderedDict[str, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}
+        return {**self.__dict__, "_groups": OrderedDict(), "_opened": OrderedDict()}
 
     def read_in(self, file: FileStamp, arrays: Arrays, row: int) -> Record:
-        ends = np.cumsum(arrays["rows"])
-        group = int(np.searchsorted(ends, row, side="right"))
+        group = int(np.searchsorted(arrays["end"], row, side="right"))
+        first = int(arrays["end"][group - 1]) if group else 0
         where = f"{file.path}#row {row}"
         unpacked = int(arrays["bytes"][group])
         if unpacked > MAX_GROUP_BYTES:
@@ -97,9 +112,8 @@ class ParquetSource(IndexedSource):
         content: dict[str, bytes] = {}
         try:
             table = self._group(file, group)
-            place = row - int(ends[group] - arrays["rows"][group])
             for name, column in zip(table.column_names, table.columns, strict=True):
-                data[name] = _named(column[place].as_py(), name, content)
+                data[name] = _named(column[row - first].as_py(), name, content)
         except (SourceLost, SkipSample):
             raise
         except (arrow.ArrowException, OSError, ValueError, LookupError, TypeError) as e:
@@ -110,10 +124,13 @@ class ParquetSource(IndexedSource):
     def _group(self, file: FileStamp, number: int) -> Any:
         key = (file.path, number)
         if key not in self._groups:
-            opened = _pyarrow("pyarrow.parquet").ParquetFile(
-                _Opened(self.files, file), pre_buffer=False, page_checksum_verification=True
-            )
-            table = opened.read_row_group(number, use_threads=False)
+            if file.path not in self._opened:
+                while len(self._opened) >= KEPT_FILES:
+                    self._opened.popitem(last=False)
+                self._opened[file.path] = _pyarrow("pyarrow.parquet").ParquetFile(
+                    _Opened(self.files, file), pre_buffer=False, page_checksum_verification=True
+                )
+            table = self._opened[file.path].read_row_group(number, use_threads=False)
             while self._groups and sum(t.nbytes for t in self._groups.values()) + table.nbytes > KEPT_BYTES:
                 self._groups.popitem(last=False)
             self._groups[key] = table

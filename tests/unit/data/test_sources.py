@@ -637,7 +637,7 @@ def test_the_published_list_of_row_groups(tmp_path):
             ParquetSource(tmp_path / "set", info)
 
 
-def test_row_groups_are_kept_up_to_a_limit(tmp_path, monkeypatch):
+def test_row_groups_are_kept_up_to_a_limit(tmp_path, monkeypatch, caplog):
     from data.sources import parquet
 
     source = ParquetSource(write_parquet(tmp_path / "a.parquet", drawings(8)))
@@ -650,6 +650,9 @@ def test_row_groups_are_kept_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 10)
     with pytest.raises(SkipSample, match=r"#row 0: row group 0 unpacks to [\d,]+ bytes"):
         source.read(0)
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 10)
+    ParquetSource(tmp_path / "a.parquet")
+    assert "costs a whole one" in caplog.text
 
 
 def test_broken_parquet_is_named(tmp_path, monkeypatch):
