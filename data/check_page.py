@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.check import GROUP_HEADER, Fault, Report, by_kind, group_rows, packs_line, steps_text, summary
+from data.check_report import (
+    GROUP_HEADER,
+    Fault,
+    Report,
+    by_kind,
+    group_rows,
+    packs_line,
+    steps_text,
+    summary,
+)
 from data.checks import CHECKS
 from data.inspect import COLOURS, SEEN, attention_picture, pack_lines
 from data.layout import num_tokens, patch_grid

@@ -23,7 +23,8 @@ pytest.importorskip("sklearn", reason="the extra `demo` is not installed")
 pytest.importorskip("skimage", reason="the extra `demo` is not installed")
 
 from data import checks
-from data.check import TRAINER_LIMITS, _equal_pairs, main
+from data.check import TRAINER_LIMITS, main
+from data.check_groups import equal_pairs
 from data.inspect import add_plan_flags, build_plan
 from data.layout import num_tokens
 from data.scan import content_of
@@ -476,6 +477,7 @@ def test_some_records_stand_for_all(quickstart, capsys):
     assert main([*flags_of(quickstart), *few, "--accept", "tiny_group"]) == 0
     said = capsys.readouterr().out
     assert "50 of 156 records of 5 groups looked at" in said and "NOTE tiny_group" in said
+    assert "--scan looks at all" in said
 
 
 def test_processes_find_the_same(broken, broken_report):
@@ -534,7 +536,7 @@ def test_a_mixture_without_a_usable_group_cannot_be_checked(quickstart, capsys):
 def test_a_record_read_twice_on_request_is_no_copy():
     # Number, hash of the content, hash of the place: the third is the first once more, the fourth a copy of it.
     hashes = np.array([[0, 7, 100], [1, 8, 101], [2, 7, 100], [3, 7, 103]], np.uint64)
-    assert _equal_pairs(hashes) == [(0, 3)]
+    assert equal_pairs(hashes) == [(0, 3)]
 
 
 def test_rows_that_ask_the_same_of_different_things_are_no_copies():

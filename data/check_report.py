@@ -1,0 +1,213 @@
+"""What `data/check.py` found, worst first: as JSON, and as text for people."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.checks import CHECKS, SEVERITIES
+from data.prediction import Prediction
+from data.scan import COLUMNS, Found, Place, Scan
+from data.stream import StreamPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One kind of fault in one group.
+
+    Attributes:
+        kind: row of `CHECKS`.
+        severity: of that row, or `note` if the kind was accepted.
+        group: of the mixture; empty if it is of none.
+        count: records (or keys, files) that have it.
+        first: some of them.
+    """
+
+    kind: str
+    severity: str
+    group: str
+    count: int
+    first: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that was found.
+
+    Attributes:
+        file: the mixture.
+        plan: what a run would stream.
+        scans: by group.
+        faults: the worst first.
+        prediction: of packs; None if none could be made.
+        no_prediction: why.
+        seconds: that it took.
+    """
+
+    file: Path
+    plan: StreamPlan
+    scans: Mapping[str, Scan]
+    faults: tuple[Fault, ...]
+    prediction: Prediction | None
+    no_prediction: str
+    seconds: float
+
+    @property
+    def counted(self) -> list[Fault]:
+        """Faults that are more than notes."""
+        return [fault for fault in self.faults if fault.severity != "note"]
+
+
+def in_order(found: Sequence[tuple[str, str, Found]], accepted: Sequence[str]) -> list[Fault]:
+    """The worst first; kinds that are accepted become notes."""
+    faults = [
+        Fault(
+            kind=kind,
+            severity="note" if kind in accepted else CHECKS[kind].severity,
+            group=group,
+            count=places.count,
+            first=tuple(places.first),
+        )
+        for kind, group, places in found
+    ]
+    rank = list(CHECKS)
+    return sorted(faults, key=lambda f: (SEVERITIES.index(f.severity), rank.index(f.kind), -f.count))
+
+
+def token_counts(scan: Scan) -> dict[str, dict[str, float]]:
+    """Mean, median, 95th percentile and maximum of every column of `COLUMNS`."""
+    if not scan.usable:
+        return {}
+    table = scan.token_table()
+    return {
+        name: {
+            "mean": float(table[:, c].mean()),
+            "median": float(np.median(table[:, c])),
+            "p95": float(np.percentile(table[:, c], 95)),
+            "max": int(table[:, c].max()),
+        }
+        for c, name in enumerate(COLUMNS)
+    }
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as JSON."""
+    return {
+        "dataset_config_file": str(report.file),
+        "clean": not report.counted,
+        "seconds": round(report.seconds, 3),
+        "groups": {
+            group.name: {
+                "weight": group.weight,
+                "records": scan.records,
+                "looked_at": scan.looked_at,
+                "usable": scan.usable,
+                "tokens": token_counts(scan),
+            }
+            for group in report.plan.groups
+            for scan in [report.scans[group.name]]
+        },
+        "packs": asdict(report.prediction) if report.prediction else {"none_because": report.no_prediction},
+        "faults": [
+            {**asdict(fault), "title": CHECKS[fault.kind].title, "remedy": CHECKS[fault.kind].remedy}
+            for fault in report.faults
+        ],
+    }
+
+
+def text_lines(report: Report, show: int) -> Iterator[str]:
+    """The report for people."""
+    yield summary(report)
+    yield ""
+    yield from _aligned(list(group_rows(report)))
+    yield ""
+    yield packs_line(report)
+    if any(scan.looked_at < scan.records for scan in report.scans.values()):
+        yield "copies and leaks are looked for among the records looked at; --scan looks at all"
+    for kind, of_kind in by_kind(report.faults):
+        yield ""
+        check, severity = CHECKS[kind], of_kind[0].severity
+        yield f"{severity.upper()} {kind}: {check.title}"
+        yield f"  do: {check.remedy}"
+        width = max((len(place.where) for fault in of_kind for place in fault.first), default=0)
+        for fault in of_kind:
+            named = fault.first[:show]
+            yield from (f"  {place.where.ljust(width)}  {place.message}" for place in named)
+            if more := fault.count - len(named):
+                yield f"  and {more:,} more in {fault.group}"
+
+
+def by_kind(faults: Sequence[Fault]) -> Iterator[tuple[str, list[Fault]]]:
+    """The faults of one kind together, of whatever group."""
+    for kind, of_kind in itertools.groupby(faults, key=lambda fault: fault.kind):
+        yield kind, list(of_kind)
+
+
+def summary(report: Report) -> str:
+    """One line: what was looked at, and how it stands."""
+    records, looked_at = (
+        sum(getattr(scan, name) for scan in report.scans.values()) for name in ("records", "looked_at")
+    )
+    seen = "all" if records == looked_at else f"{looked_at:,}"
+    counts = {s: sum(f.count for f in report.faults if f.severity == s) for s in ("error", "warning")}
+    kinds = len({fault.kind for fault in report.counted})
+    verdict = f"{counts['error']:,} errors and {counts['warning']:,} warnings of {kinds} kinds"
+    verdict = verdict if kinds else "no fault"
+    looked = (
+        f"{seen} of {records:,} records of {len(report.scans)} groups looked at in {report.seconds:.1f} s"
+    )
+    return f"{report.file}: {verdict}; {looked}"
+
+
+def packs_line(report: Report) -> str:
+    """One line: how full packs will be."""
+    p, budget = report.prediction, report.plan.budget
+    if p is None:
+        return f"packs: no prediction: {report.no_prediction}"
+    return (
+        f"packs ({budget.policy}, {p.packs} simulated): {p.efficiency:.1%} of {budget.maximum:,} tokens full, the emptiest "
+        f"{p.emptiest:.1%}; {p.samples_per_pack:.1f} samples each; {steps_text(p.steps_per_epoch)} steps per epoch"
+    )
+
+
+def steps_text(steps: float) -> str:
+    return f"{steps:,.0f}" if steps >= 100 else f"{steps:.3g}"
+
+
+GROUP_HEADER = (
+    "group", "records", "looked at", "unusable", "weight", "token share", "steps a pass", "tokens: mean", "median", "p95",
+    "max", "text", "und", "cond", "gen", "with loss",
+)  # fmt: skip
+"""Columns of `group_rows`; those after `max` are means."""
+
+
+def group_rows(report: Report) -> Iterator[tuple[str, ...]]:
+    """The table of groups, its header first."""
+    yield GROUP_HEADER
+    for group in report.plan.groups:
+        scan, tokens, p = report.scans[group.name], token_counts(report.scans[group.name]), report.prediction
+        share = f"{p.share.get(group.name, 0):.1%}" if p else "-"
+        steps = steps_text(p.steps_per_pass[group.name]) if p and group.name in p.steps_per_pass else "-"
+        counts = [
+            f"{tokens['all'][what]:,.0f}" if tokens else "-" for what in ("mean", "median", "p95", "max")
+        ]
+        parts = [f"{tokens[name]['mean']:,.0f}" if tokens else "-" for name in COLUMNS[1:]]
+        numbers = (
+            f"{scan.records:,}",
+            f"{scan.looked_at:,}",
+            f"{scan.looked_at - scan.usable:,}",
+            f"{group.weight:g}",
+        )
+        yield (group.name, *numbers, share, steps, *counts, *parts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(
+            cell.rjust(width) if c else cell.ljust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
