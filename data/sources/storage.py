@@ -203,16 +203,17 @@ class Files:
             os.close(descriptor)
 
     def read(self, file: FileStamp, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on.
+        """`size` bytes from `offset` on, which the file had when it was indexed.
 
         Raises:
-            SkipSample: "truncated", if the file ends before.
             SourceLost: if it cannot be read, or is not the one that was indexed.
         """
         content = patiently(lambda: self._once(file, offset, size), file.path)
         if len(content) < size:
-            where = f"{file.path}: ends before byte {offset + size}; the file changed or is cut short"
-            raise SkipSample("truncated", where, file.path)
+            raise SourceLost(
+                f"{file.path}: ends before byte {offset + size:,}, it had {file.size:,} when it was indexed; restore it, or start "
+                "the run again to index it anew"
+            )
         return content
 
     def _once(self, file: FileStamp, offset: int, size: int) -> bytes:

@@ -68,8 +68,9 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
             yield Member("", at, at, after - at, str(e))
             at = after
             continue
-        if after == at:
-            return
+        if after == at:  # the end of an archive; another one may have been put behind it
+            at = _next_header(read, at + BLOCK, end)
+            continue
         if member is not None:
             yield member
         at = after

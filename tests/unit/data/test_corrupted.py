@@ -131,7 +131,14 @@ def jsonl(folder: Path, tokenizer: Any, rng: Rng) -> Built:
     row = chat("Grüße", "good.png")
     line = json.dumps(row, ensure_ascii=False).encode()
     messages = (*(v for v in ODD if v not in (5,)), 5)
-    turns = ([{"from": "human", "value": 5}], [{"from": "who", "value": "x"}], [5], [{}], [{"value": "x"}])
+    turns = (
+        [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "\ud800"}],
+        [{"from": "human", "value": 5}],
+        [{"from": "who", "value": "x"}],
+        [5],
+        [{}],
+        [{"value": "x"}],
+    )
     spoils: tuple[Spoil, ...] = (
         lambda rng: cut(line, rng),
         lambda rng: flip(line, rng, bit=7),  # no longer UTF-8

@@ -188,7 +188,9 @@ def test_a_shard_that_changes_after_it_was_indexed_stops_the_run(tmp_path):
     assert source.read(0).data["txt"] == "t"  # the same bytes under another date
     again = pickle.loads(pickle.dumps(source))
     os.truncate(file, 3000)
-    with pytest.raises(SkipSample, match=r"s.tar: ends before byte"):
+    with pytest.raises(
+        SourceLost, match=r"s.tar: ends before byte [\d,]+, it had 20,480 when it was indexed"
+    ):
         source.read(2)
     with pytest.raises(
         SourceLost, match=r"s.tar: changed since it was indexed \(20,480 bytes then, 3,000 now\)"
@@ -467,6 +469,13 @@ def test_hostile_members_are_refused_and_the_others_read(tmp_path, name, fields)
     with pytest.raises(SkipSample, match=f"s.tar#{name}: ") as e:
         source.read(1)
     assert e.value.reason == "unsafe_member"
+
+
+def test_shards_put_end_to_end_are_read_to_the_last(tmp_path):
+    parts = [write_tar(tmp_path / f"{i}.tar", 2, first=2 * i).read_bytes() for i in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    source = TarSource(tmp_path / "all.tar")
+    assert [source.read(i).data["json"]["caption"] for i in range(len(source))] == [f"c{i}" for i in range(6)]
 
 
 def test_a_damaged_header_costs_its_member_only(tmp_path):
