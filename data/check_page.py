@@ -22,6 +22,7 @@ from data.check_report import (
     packs_line,
     steps_text,
     summary,
+    token_counts,
 )
 from data.checks import CHECKS
 from data.inspect import COLOURS, SEEN, attention_picture, pack_lines
@@ -29,6 +30,7 @@ from data.layout import num_tokens, patch_grid
 from data.mixture import Group
 from data.packing import pack
 from data.page import legend, outline, page, picture, png
+from data.scan import Scan
 from data.stream import LaneStream, StreamPlan, make_sample
 from data.tokens import ANCHORS, Tokenizer
 from data.types import Kind, LaneCursor, Region, Reject, Sample, Segment
@@ -62,7 +64,7 @@ def render(report: Report, tokenizer: Tokenizer) -> str:
             _opening(report),
             _table(report),
             _faults(report.faults),
-            *(_group_section(report.plan, group, tokenizer) for group in groups),
+            *(_group_section(report.plan, group, report.scans[group.name], tokenizer) for group in groups),
             _attention(report, tokenizer),
         )
     )
@@ -151,7 +153,7 @@ def _fault(kind: str, faults: Sequence[Fault]) -> str:
 # ----------------------------------------------------------------------------------------- samples of a group
 
 
-def _group_section(plan: StreamPlan, group: Group, tokenizer: Tokenizer) -> str:
+def _group_section(plan: StreamPlan, group: Group, scan: Scan, tokenizer: Tokenizer) -> str:
     has_regions = False
     try:
         samples = list(_first_samples(plan, group))
@@ -166,8 +168,22 @@ def _group_section(plan: StreamPlan, group: Group, tokenizer: Tokenizer) -> str:
     )
     return (
         f'<section id="group-{escape(group.name)}"><h2>{escape(group.name)}</h2><p class="note">{escape(about)}</p>'
-        f"{_legend(has_regions)}{shown}</section>"
+        f"{_tokens(scan)}{_legend(has_regions)}{shown}</section>"
     )
+
+
+def _tokens(scan: Scan) -> str:
+    counts = token_counts(scan)
+    if not counts:
+        return ""
+    head = "".join(f'<th class="n">{name}</th>' for name in counts)
+    rows = "".join(
+        f"<tr><td>{what}</td>"
+        + "".join(f'<td class="n">{c[what]:,.0f}</td>' for c in counts.values())
+        + "</tr>"
+        for what in ("mean", "median", "p95", "max")
+    )
+    return f'<table class="groups tokens"><tr><th>tokens</th>{head}</tr>{rows}</table>'
 
 
 def _legend(has_regions: bool) -> str:

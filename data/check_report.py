@@ -154,8 +154,8 @@ def summary(report: Report) -> str:
     seen = "all" if records == looked_at else f"{looked_at:,}"
     counts = {s: sum(f.count for f in report.faults if f.severity == s) for s in ("error", "warning")}
     kinds = len({fault.kind for fault in report.counted})
-    verdict = f"{counts['error']:,} errors and {counts['warning']:,} warnings of {kinds} kinds"
-    verdict = verdict if kinds else "no fault"
+    told = " and ".join(f"{n:,} {severity}{'s' * (n != 1)}" for severity, n in counts.items() if n)
+    verdict = f"{told} of {kinds} kind{'s' * (kinds != 1)}" if kinds else "no fault"
     looked = (
         f"{seen} of {records:,} records of {len(report.scans)} groups looked at in {report.seconds:.1f} s"
     )

@@ -433,6 +433,7 @@ def test_the_page_shows_samples_as_the_model_gets_them(quickstart, clean_report)
     edit = next(s for s in sections if s.startswith("group-edit"))
     assert edit.count("to the VAE, clean: condition") == edit.count("to the VAE, noised: target") == 4
     assert edit.count("left out this time") >= 4 and "4 times, t = " in edit
+    assert '<td>max</td><td class="n">175</td>' in edit  # tokens
     refer = next(s for s in sections if s.startswith("group-refer"))
     assert 'class="given">Where is ' in refer and 'class="learnt"><span class="anchor"' in refer
     assert refer.count("<rect") == 2 * refer.count(">box: ")  # each box is two lines, one over the other
