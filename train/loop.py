@@ -124,8 +124,8 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     per_pack = everywhere[: own.numel()].view_as(own)
     tokens, samples, rejects, flops, num_packs, num_lost = everywhere[own.numel() :].tolist()
     if num_lost:
-        said = dict.fromkeys(gather_objects("" if lost is None else str(lost)))
-        raise SourceLost("; ".join(filter(None, said))) from lost
+        first = next(filter(None, gather_objects("" if lost is None else str(lost))))
+        raise SourceLost(first) from lost
     if not num_packs:
         return None
     counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)

@@ -211,8 +211,8 @@ class Files:
         content = patiently(lambda: self._once(file, offset, size), file.path)
         if len(content) < size:
             raise SourceLost(
-                f"{file.path}: ends before byte {offset + size:,}, it had {file.size:,} when it was indexed; restore it, or start "
-                "the run again to index it anew"
+                f"{file.path}: ends before byte {offset + size:,}, it had {file.size:,} when it was indexed; restore it, or "
+                "start the run again to index it anew"
             )
         return content
 

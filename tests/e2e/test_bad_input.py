@@ -284,3 +284,31 @@ def test_more_workers_than_samples(quickstart: Quickstart, tmp_path: Path) -> No
     done = train(quickstart, tmp_path, dataset_config_file=mixture, num_workers=2, total_steps=3)
     assert done.code == 0, done.output
     assert done.lines("step 3/3")
+
+
+def test_data_that_is_lost_in_mid_run_costs_no_step(quickstart: Quickstart, tmp_path: Path) -> None:
+    mixture = text_mixture(tmp_path)
+    rows = [question(f"{i} + 3 = ?") for i in range(2000)]
+    data, log = write_rows(tmp_path / "text.jsonl", *rows), tmp_path / "results" / "train_log.jsonl"
+    whole = data.read_bytes()
+
+    def cut_short() -> bool:
+        if log.exists() and log.read_text().count("\n") >= 3 and data.stat().st_size == len(whole):
+            with data.open("r+b") as file:
+                file.truncate(100)
+        return False
+
+    flags = {"dataset_config_file": mixture, "save_every": 1000, "total_steps": 500}
+    done = train(quickstart, tmp_path, **flags, stop=cut_short)
+    assert_one_line(
+        done,
+        rf"{re.escape(str(data))}: ends before byte [\d,]+, it had {len(whole):,} when it was indexed; restore it, or start the "
+        "run again to index it anew",
+    )
+    (saved,) = (tmp_path / "results" / "checkpoints").glob("*")
+    assert int(saved.name) == log.read_text().count("\n") >= 3
+
+    data.write_bytes(whole)
+    again = train(quickstart, tmp_path, **{**flags, "total_steps": int(saved.name) + 2, "auto_resume": True})
+    assert again.code == 0, again.output
+    assert again.lines(f"continuing from {saved}")
