@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.order import lanes_of, next_lane
 from data.packing import pack
+from data.processes import fork_server
 from data.sources import SourceLost
 from data.stream import LaneStream, StreamPlan
 from data.types import NO_LANE, LaneCursor, PackedBatch
@@ -193,10 +194,6 @@ class WorkerFailure:
 
 def _from_worker(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
     """The packs that a worker makes; it starts at once."""
-    # Forked from a small server, not from the trainer: that has threads (gloo, NCCL, OpenMP) whose
-    # locks a fork would copy.
-    workers = multiprocessing.get_context("forkserver")
-    workers.set_forkserver_preload(["__main__", "torch", "data.stream"])  # imported once, not by every worker
     # No `timeout`: with one, torch looks whether the workers live only when it has passed; without, every 5 s.
     loader = DataLoader(
         stream,
@@ -204,7 +201,7 @@ def _from_worker(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBa
         num_workers=1,
         prefetch_factor=prefetch_factor,
         worker_init_fn=_start_worker,
-        multiprocessing_context=workers,
+        multiprocessing_context=fork_server(["__main__", "torch", "data.stream"]),
     )
     return _received(iter(loader))
 

@@ -6,7 +6,6 @@ files it reads are seen. Stretches of records are scanned by several processes; 
 
 import io
 import json
-import multiprocessing
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from data.dataset_base import DropoutSpec
 from data.layout import loss_tokens, segment_tokens
 from data.mixture import Group
 from data.order import stable_hash
+from data.processes import fork_server
 from data.sources import Record, Source, SourceLost
 from data.sources.record import IMAGE_ERRORS
 from data.stream import StreamPlan, make_sample
@@ -199,9 +199,7 @@ def _run(scanner: "_Scanner", jobs: Sequence[Job], num_workers: int) -> Iterator
     if not num_workers or len(jobs) < 2:
         yield from ((job, scanner(job)) for job in jobs)
         return
-    # As the trainer's data workers are started: forked from a small server that has imported everything once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "data.scan"])
+    context = fork_server(["torch", "data.scan"])
     workers = min(num_workers, len(jobs))
     ahead: deque[tuple[Job, Future[Scan]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(scanner,)) as pool:
@@ -398,7 +396,10 @@ def _hash_record(look: Look, index: int, scan: Scan) -> None:
     row = (
         {"annotations": row["annotations"]} if "annotations" in row else row
     )  # the categories are all records'
-    content = "\x1f".join(content_of(row)).encode("utf-8", "surrogatepass")
+    try:
+        content = "\x1f".join(content_of(row)).encode("utf-8", "surrogatepass")
+    except RecursionError:  # nested so deep that no honest row is a copy of it
+        return
     where = _hash64(look.record.where.encode("utf-8", "surrogatepass"))
     digests = [seen.digest for seen in look.pictures.values()]
     for digest in digests:

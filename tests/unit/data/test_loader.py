@@ -206,3 +206,25 @@ def is_running(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_a_folder_called_data_where_the_program_is_started_is_not_the_package(tmp_path: Path) -> None:
+    """Datasets lie in such folders. The server that workers are forked from begins with the working directory alone."""
+    (tmp_path / "data").mkdir()
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from data.processes import fork_server
+from data.order import lanes_of
+before = dict(os.environ)
+worker = fork_server(["data.order"]).Process(target=lanes_of, args=(0, 1, 2))
+assert dict(os.environ) == before
+worker.start()
+worker.join()
+sys.exit(worker.exitcode)
+"""
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(root)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
