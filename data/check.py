@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = check(args, tokenizer)
         if args.html:
             args.html.parent.mkdir(parents=True, exist_ok=True)
-            args.html.write_text(render(report, tokenizer), encoding="utf-8")
+            args.html.write_text(render(report, tokenizer), encoding="utf-8", errors="backslashreplace")
     except (ValueError, OSError, RuntimeError) as e:
         sys.stderr.write(f"error: {' '.join(str(e).split())}\n")
         return 2

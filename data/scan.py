@@ -26,7 +26,7 @@ from data.mixture import Group
 from data.order import stable_hash
 from data.processes import fork_server
 from data.sources import Record, Source, SourceLost
-from data.sources.record import IMAGE_ERRORS
+from data.sources.record import IMAGE_ERRORS, printable
 from data.stream import StreamPlan, make_sample
 from data.tokens import Tokenizer
 from data.types import Kind, Reject, Sample, Segment
@@ -392,6 +392,8 @@ def content_of(value: Any) -> Iterator[str]:
 
 
 def _hash_record(look: Look, index: int, scan: Scan) -> None:
+    if look.sample is None:  # a row without its pictures is no text
+        return
     row = look.record.data
     row = (
         {"annotations": row["annotations"]} if "annotations" in row else row
@@ -417,7 +419,7 @@ def _hash64(content: bytes) -> int:
 
 def _without(message: str, where: str) -> str:
     """The message without the place it begins with: that is shown beside it."""
-    message = " ".join(message.split())
+    message = " ".join(printable(message).split())
     return message.partition(where)[2].lstrip(": ") or message
 
 
