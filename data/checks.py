@@ -283,7 +283,7 @@ CHECKS: Mapping[str, Check] = {
         severity="error",
         title="lines, members or cells that do not parse",
         remedy="correct or remove them; if they were cut short, fetch the file again",
-        reasons=("bad_json", "bad_entry", "bad_row_group", "bad_tar", "missing_file", "truncated"),
+        reasons=("bad_json", "bad_entry", "bad_row_group", "bad_tar", "missing_file"),
     ),
     "schema": Check(
         severity="error",

@@ -76,13 +76,17 @@ class Record:
         """The decoded picture of a name that `fetch` knows.
 
         Raises:
-            SkipSample: if it is missing ("missing_image"), lies outside the data directory ("unsafe_path") or does not
-                decode ("bad_image").
+            SkipSample: if it is missing ("missing_image"), lies outside the data directory ("unsafe_path"), is larger than may
+                be read ("too_large") or does not decode ("bad_image").
             SourceLost: if the file that holds it vanished.
         """
         content = self.read_file(name)
         try:
             return decode_image(content)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+            what = f"{self.where}: image {name!r} is larger than may be decoded"
+            message = f"{what} ({brief(e)}); make it smaller or remove the record"
+            raise SkipSample("too_large", message) from e
         except IMAGE_ERRORS as e:
             message = (
                 f"{self.where}: image {name!r} is broken or not an image ({brief(e)}); "
@@ -151,7 +155,7 @@ def decode_image(content: bytes) -> Image.Image:
         raise ValueError("of no picture format that is read") from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width}x{image.height} px are more than the limit of {limit:,} pixels")
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} px, the limit is {limit:,} pixels")
     image.load()
     return image
 

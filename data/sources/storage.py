@@ -308,7 +308,7 @@ class FolderFetch:
     def _is_away(self, error: Exception) -> bool:
         """Whether it is not this one name that fails but the disk, the folder or the network."""
         if is_remote(self.root):
-            return not isinstance(error, (FileNotFoundError, ValueError))
+            return not isinstance(error, (FileNotFoundError, ValueError, SkipSample))
         if isinstance(error, FileNotFoundError):
             return not os.path.isdir(self.root)
         return isinstance(error, OSError) and error.errno in PASSING
@@ -324,15 +324,18 @@ def _file_names(folder: str) -> list[str]:
 def _read_whole(path: str) -> bytes:
     if is_remote(path):
         fs, inner = _remote(path)
-        size = fs.size(inner)
-        if size is not None and size > MAX_FILE_BYTES:
-            raise ValueError(f"{size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
+        _require_small(path, fs.size(inner) or 0)
         return fs.cat_file(inner)
     # A name may stand for a pipe, whose opening and reading would wait for ever, or for a device without end.
     with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file")
-        if about.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{about.st_size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
+        _require_small(path, about.st_size)
         return file.readall()
+
+
+def _require_small(path: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        message = f"{path} has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}; make it smaller or remove the record"
+        raise SkipSample("too_large", message)
