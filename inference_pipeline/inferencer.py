@@ -147,13 +147,21 @@ class Inferencer:
         weights: str = "ema",
         device: str | torch.device = "cpu",
         reading: Reading = Reading(),  # noqa: B008 - frozen
+        dtype: torch.dtype = torch.float32,
     ) -> "Inferencer":
         """Load a model directory in the published layout.
+
+        Args:
+            path: of the directory.
+            weights: `ema` or `model`.
+            device: of the model and the autoencoder.
+            reading: how prompts are read.
+            dtype: of the model and its cache; the autoencoder stays float32.
 
         Raises:
             ValueError: naming the file that is missing or does not fit.
         """
-        model = load_model(path, weights, device)
+        model = load_model(path, weights, device, dtype)
         tokenizer = Tokenizer(path)
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
         decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)

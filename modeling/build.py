@@ -197,9 +197,14 @@ def component(key: str) -> str:
     return f"{parts[0]} (gen)" if GEN in key else parts[0]
 
 
-def load_model(model_dir: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Bagel:
-    """The trained model of a directory, ready for inference (float32, eval mode)."""
-    model = build_model(read_source(model_dir).config)
+def load_model(
+    model_dir: str | Path,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Bagel:
+    """The trained model of a directory, ready for inference (in `dtype`, whatever the file has; eval mode)."""
+    model = build_model(read_source(model_dir).config).to(dtype)
     fill_model(model, stored_values(model_dir, model, weights), device)
     return model.eval().requires_grad_(False)
 

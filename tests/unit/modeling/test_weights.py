@@ -135,6 +135,13 @@ def test_every_form_of_weights_loads_whole(folder: Path, tensors: Tensors, form:
             assert torch.equal(value, expected), name
 
 
+def test_a_model_can_be_loaded_in_bf16(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors, folder / "ema.safetensors")
+    loaded = load_model(folder, dtype=torch.bfloat16).state_dict()
+    assert {value.dtype for value in loaded.values()} == {torch.bfloat16}
+    assert torch.equal(loaded["vae2llm.weight"], tensors["vae2llm.weight"].bfloat16())
+
+
 def test_coverage_is_told_by_component(
     folder: Path, tensors: Tensors, caplog: pytest.LogCaptureFixture
 ) -> None:
