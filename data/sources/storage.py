@@ -225,7 +225,13 @@ class Files:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file.path] = _open_unchanged(file)
         try:
-            return os.pread(self._open[file.path], size, offset)
+            content = os.pread(self._open[file.path], size, offset)
+            while 0 < len(content) < size:  # one call gives 2 GiB at most
+                more = os.pread(self._open[file.path], size - len(content), offset + len(content))
+                if not more:
+                    break
+                content += more
+            return content
         except OSError:
             os.close(self._open.pop(file.path))  # a stale handle stays stale
             raise
