@@ -2,7 +2,7 @@
 
 All sums that subsets of the candidates' tokens can have are kept as the bits of one integer: another candidate is a shift and an
 `or`. So the fullest pack is found exactly, in microseconds, where trying subsets would take for ever. Usually many subsets are as
-full; among them the one is taken whose attention is nearest to the run's average, so that ranks take equally long.
+full; one whose attention is near the run's average is found among them, greedily, so that ranks take equally long.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def choose_subset(
     Args:
         samples: the candidates.
         room: tokens that the subset may have at most.
-        enough: of subsets with so many tokens, the one with the better attention is better, not the fuller.
+        enough: of subsets with so many tokens, one with better attention is better than a fuller one.
         wanted_pairs: that the subset would have if it filled the room.
         pairs_per_token: of the run's average: a subset that leaves room should have as many fewer.
 

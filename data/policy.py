@@ -28,7 +28,7 @@ class PackBudget:
         per_sample: a longer sample is rejected.
         max_pairs: no pack has more (query, key) pairs for attention to compute, no sample either; 0: no such bound.
         max_buffer: how many samples may wait; `conserving` then emits a pack short of `expected`. Also the most packs that any
-            sample waits.
+            sample waits (half as many more beside mandatory groups).
         prefer_buffer_before: `upstream_compat` takes waiting samples first while a pack has fewer tokens than this.
         policy: row of `POLICIES`.
     """
@@ -67,11 +67,13 @@ class Lane(Protocol):
         groups: of the mixture.
         budget: when a pack is full.
         waiting: samples read and not yet packed, oldest first; the policy's to change.
+        packs: that the lane has made.
     """
 
     groups: tuple[Group, ...]
     budget: PackBudget
     waiting: list[Ticket]
+    packs: int
 
     @property
     def pairs_per_token(self) -> float:
@@ -144,14 +146,18 @@ PAIRS_PER_TOKEN_COST = 12_000
 def conserving(lane: Lane) -> list[Ticket]:
     """The next pack, losing nothing: the fullest that what waits and what comes next can make, its attention near the average.
 
-    The oldest that waits is in it. So no sample waits for more packs than samples may wait.
+    The oldest that waits is in it, if it fits beside the mandatory samples or has waited for long. So no sample waits for more
+    packs than samples may wait, or half as many more in a mixture with mandatory groups.
     """
     pack = Filling(lane.budget)
-    if lane.waiting:  # even before the mandatory groups: alone it fits, whatever its size
+    is_urgent = bool(lane.waiting) and lane.packs - lane.waiting[0].since >= lane.budget.max_buffer // 2
+    if is_urgent:  # alone it fits, whatever its size
         pack.take(lane.waiting.pop(0))
     for group in lane.groups:
         if group.is_mandatory and group.name not in pack.groups:
             _offer_mandatory(lane, group, pack)
+    if not is_urgent and lane.waiting and pack.offer(lane.waiting[0]):
+        lane.waiting.pop(0)
     chosen = _best(lane, pack)
     while not _is_good(lane, pack, chosen) and _read_on(lane, pack):
         chosen = _best(lane, pack)

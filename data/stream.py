@@ -146,7 +146,7 @@ class LaneStream:
         self.groups, self.budget = plan.groups, plan.budget
         self._groups = {g.name: g for g in plan.groups}
         self._require_groups(cursor)
-        self._packs, self._draws = cursor.packs, cursor.draws
+        self.packs, self._draws = cursor.packs, cursor.draws
         self._read = dict(cursor.read)
         self._rejected = {g: dict(r) for g, r in cursor.rejected.items()}
         self._lost = dict(cursor.lost)
@@ -171,7 +171,7 @@ class LaneStream:
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in order."""
         tickets = POLICIES[self.budget.policy].next_samples(self)
-        self._packs += 1
+        self.packs += 1
         return [self._take(ticket) for ticket in tickets]
 
     def take_rejects(self) -> tuple[Reject, ...]:
@@ -184,7 +184,7 @@ class LaneStream:
         """The lane's state after the last pack."""
         return LaneCursor(
             lane=self.lane,
-            packs=self._packs,
+            packs=self.packs,
             draws=self._draws,
             read=dict(self._read),
             rejected={g: dict(r) for g, r in self._rejected.items()},
@@ -228,7 +228,7 @@ class LaneStream:
         """
         read = self._read.get(group.name, Amount())
         position = lane_position(self.lane, self.plan.num_lanes, read.samples)
-        made = _make(self.plan, group, self.lane, position, since=self._packs)
+        made = _make(self.plan, group, self.lane, position, since=self.packs)
         self._read[group.name] = read + (made.amount if isinstance(made, Reject) else made[1].amount)
         if isinstance(made, Reject):
             self._reject(made)

@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import policy
+from data.layout import visible_pairs
 from data.ledger import Account, accounts, add_amounts, count_trained, format_accounts, format_lost
 from data.policy import POLICIES, PackBudget
 from data.stream import LaneStream, make_sample
 from data.types import Amount, LaneCursor, Reject, Ticket
-from tests.unit.data.toy_groups import fingerprint, group, mixed_groups, plan
+from tests.unit.data.toy_groups import fingerprint, group, lengths, mixed_groups, plan
 
 SMALL = {"expected": 60, "maximum": 70, "per_sample": 70, "max_buffer": 2, "prefer_buffer_before": 30}
 
@@ -101,7 +103,7 @@ def test_a_mandatory_sample_that_waits_behind_others_is_taken():
     cursor = LaneCursor(lane=0, read={"long": Amount(2), "rare": Amount(1)}, waiting=waiting)
     budget = PackBudget(expected=60, maximum=82, per_sample=82, max_buffer=4)
     batch = LaneStream(plan(*groups, budget=budget), cursor).next_pack()
-    assert [(o.group, o.position) for o in batch.origins] == [("long", 0), ("rare", 0)]
+    assert [(o.group, o.position) for o in batch.origins] == [("rare", 0), ("long", 0)]
     assert [(w.group, w.position) for w in batch.cursor.waiting] == [("long", 4)]
 
 
@@ -150,3 +152,108 @@ def test_a_cursor_that_kept_less_is_refused():
     assert LaneCursor.from_json(state).read == {"vqa": Amount(5, 60, 55)}
     with pytest.raises(ValueError, match="of an earlier version .* --resume_model_only True"):
         LaneCursor.from_json({**state, "read": {"vqa": 5}})
+
+
+def look(stream: LaneStream, count: int) -> list[tuple[int, int, set[int]]]:
+    """Tokens, pairs and ages (packs waited) of the lane's next packs."""
+    found = []
+    for _ in range(count):
+        waiting = {(w.group, w.position): w for w in stream.waiting}
+        number = stream.cursor.packs
+        batch = stream.next_pack()
+        pairs = visible_pairs(batch.sample_lens, batch.split_lens, batch.split_modes, batch.split_branches)
+        since = [
+            waiting[o.group, o.position].since for o in batch.origins if (o.group, o.position) in waiting
+        ]
+        found.append((batch.num_tokens, pairs, {number - s for s in since}))
+    return found
+
+
+@pytest.mark.parametrize("buffer", [3, 8, 50])
+def test_packs_are_full_and_no_sample_waits_longer_than_samples_may_wait(buffer):
+    budget = PackBudget(expected=900, maximum=1000, per_sample=1000, max_buffer=buffer)
+    groups = (group("short", lengths(400, 20, 300)), group("long", lengths(100, 400, 990), weight=0.4))
+    packs = look(LaneStream(plan(*groups, budget=budget), LaneCursor(lane=0)), 150)
+    assert max(age for _, _, ages in packs for age in ages) <= buffer
+    full = sum(tokens for tokens, _, _ in packs) / 150 / 1000
+    assert full > {3: 0.9, 8: 0.97, 50: 0.99}[buffer]
+
+
+def test_both_tokens_and_attention_are_bounded_if_asked():
+    groups = (group("short", lengths(400, 20, 60)), group("long", lengths(100, 100, 300)))
+    free = PackBudget(expected=900, maximum=1000, per_sample=1000)
+    bound = PackBudget(expected=900, maximum=1000, per_sample=1000, max_pairs=40_000)
+    without = look(LaneStream(plan(*groups, budget=free), LaneCursor(lane=0)), 60)
+    stream = LaneStream(plan(*groups, budget=bound, max_reject_fraction=1.0), LaneCursor(lane=0))
+    packs = look(stream, 60)
+    assert max(pairs for _, pairs, _ in without) > 60_000
+    assert max(pairs for _, pairs, _ in packs) <= 40_000 and max(tokens for tokens, _, _ in packs) <= 1000
+    assert max(age for _, _, ages in packs for age in ages) <= 50
+    reasons = {reason for amounts in stream.cursor.rejected.values() for reason in amounts}
+    assert reasons == {"too_costly"}  # 300 tokens are 45,150 pairs
+    refused = make_sample(plan(group("g", [300]), budget=bound), group("g", [300]), 0, 0)
+    assert isinstance(refused, Reject) and refused.message.endswith(
+        "attention over 45150 pairs, the bound is 40000; raise --max_attention_pairs"
+    )
+
+
+def test_attention_is_spread_evenly():
+    """Lanes know nothing of each other: each keeps to the average of what it reads."""
+    groups = (group("short", lengths(400, 20, 60)), group("long", lengths(100, 100, 600), weight=0.3))
+    costs = {}
+    for look_ahead in (0, 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(policy, "LOOK_AHEAD", look_ahead)
+            patch.setattr(policy, "PAIRS_PER_TOKEN_COST", 100)
+            budget = PackBudget(expected=900, maximum=1000, per_sample=1000)
+            lanes = [
+                LaneStream(plan(*groups, budget=budget, num_lanes=8), LaneCursor(lane=n)) for n in range(8)
+            ]
+            looks = [[pairs for _, pairs, _ in look(lane, 25)] for lane in lanes]
+        steps = [[p[i] for p in looks] for i in range(25)]
+        costs[look_ahead] = sum(max(s) for s in steps) / sum(sum(s) / 8 for s in steps)
+    assert costs[16] < 1.25 < costs[0]
+
+
+def test_a_mandatory_sample_never_overfills_a_pack():
+    groups = (
+        group("often", [*lengths(200, 15, 60), *[95] * 20]),
+        group("rare", lengths(50, 10, 30), weight=0.0, mandatory=True),
+    )
+    stream = LaneStream(plan(*groups), LaneCursor(lane=0))
+    packs = [stream.next_pack() for _ in range(80)]
+    assert max(b.num_tokens for b in packs) <= 100
+    with_it = sum("rare" in {o.group for o in b.origins} for b in packs)
+    assert 60 < with_it < 80  # but where a long one has waited for long
+    assert max(age for _, _, ages in look(stream, 80) for age in ages) <= 12
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_group_that_is_dropped_leaves_the_others(name):
+    groups = (group("once", lengths(21, 5, 30), when_exhausted="drop", epochs=1), group("ever", [9] * 5))
+    stream = LaneStream(plan(*groups, budget=compat(policy=name)), LaneCursor(lane=1))
+    packs = [stream.next_pack() for _ in range(40)]
+    read = stream.cursor.read
+    assert read["once"].samples == 5 and read["ever"].samples > 100  # of 21 records on 4 lanes
+    assert {o.group for o in packs[-1].origins} == {"ever"} and not stream.has_ended
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_group_that_stops_the_run_ends_the_lane_with_nothing_left(name, epochs):
+    groups = (
+        group("once", lengths(21, 5, 30), when_exhausted="stop", epochs=epochs),
+        group("ever", [9] * 5),
+        group("rare", [12] * 9, weight=0.0, mandatory=True),
+    )
+    stream = LaneStream(plan(*groups, budget=compat(policy=name)), LaneCursor(lane=0))
+    trained: dict = {}
+    while not stream.has_ended:
+        batch = stream.next_pack()
+        add_amounts(trained, count_trained(batch))
+    found = accounts([batch.cursor], trained)
+    assert found["once"].read.samples == {1: 6, 3: 16}[epochs]
+    assert not batch.cursor.waiting and (
+        name == "upstream_compat" or found["once"].trained == found["once"].read
+    )
+    assert not stream.next_samples()
