@@ -179,16 +179,18 @@ def format_lost(all_accounts: Mapping[str, Account]) -> str:
 
 
 def shares(all_accounts: Mapping[str, Account], demands: Mapping[str, Demand]) -> dict[str, dict[str, float]]:
-    """Requested and delivered share of every group: `requested` of the draws, `samples` and `tokens` of what was trained on."""
+    """Every group's share: `requested` of the draws, `samples` and `tokens` of what was trained on; `epochs` that were read."""
     weights = sum(d.weight for d in demands.values())
     total = sum((a.trained for a in all_accounts.values()), Amount())
     result = {}
     for group, demand in demands.items():
-        trained = all_accounts[group].trained if group in all_accounts else Amount()
+        account = all_accounts.get(group, Account(read=Amount()))
+        trained = account.trained
         result[group] = {
             "requested": demand.weight / weights,
             "samples": trained.samples / total.samples if total.samples else 0.0,
             "tokens": trained.tokens / total.tokens if total.tokens else 0.0,
+            "epochs": account.read.samples / demand.records,
         }
     return result
 
@@ -205,7 +207,7 @@ def scalars(all_accounts: Mapping[str, Account], demands: Mapping[str, Demand]) 
             f"ledger/{group}/trained_loss_tokens": a.trained.loss_tokens,
             f"ledger/{group}/waiting": a.waiting.samples,
             f"ledger/{group}/rejected": a.all_rejected.samples,
-            f"ledger/{group}/epochs": a.read.samples / demands[group].records,
+            f"ledger/{group}/epochs": share["epochs"],
             f"ledger/{group}/share_requested": share["requested"],
             f"ledger/{group}/share_delivered": share["samples"],
             f"ledger/{group}/share_of_tokens": share["tokens"],
@@ -234,11 +236,10 @@ def report(
     if demands:
         lines.append(f"{'share':<28}{'requested':>10}{'samples':>10}{'tokens':>10}{'epochs':>10}")
     for group, share in shares(all_accounts, demands).items():
-        records_read = all_accounts[group].read.samples if group in all_accounts else 0
         mandatory = "  + one in every pack" if demands[group].is_mandatory else ""
         lines.append(
             f"{group:<28}{share['requested']:>10.2%}{share['samples']:>10.2%}{share['tokens']:>10.2%}"
-            f"{records_read / demands[group].records:>10.2f}{mandatory}"
+            f"{share['epochs']:>10.2f}{mandatory}"
         )
     return lines, all(a.is_lawful for a in all_accounts.values())
 

@@ -78,9 +78,7 @@ def train(
                 checkpoints.save(state)
             raise
         if report is None:
-            reporter.note(
-                f"the data has ended: a group that ends the run is read; stopping after step {state.step} of {total}"
-            )
+            reporter.note(f"the data has ended (when_exhausted): stopping after step {state.step} of {total}")
             if state.step % every:
                 checkpoints.save(state)
             break

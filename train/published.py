@@ -138,7 +138,7 @@ PUBLISHED: Mapping[str, Published] = {
         _both(16384),
         Answer(
             16384,
-            "samples that wait always go first into the next pack; the flag is for --packer upstream_compat",
+            "the sample that waits longest goes into the next pack; the flag is for --packer upstream_compat",
             unless=("packer", "upstream_compat"),
         ),
     ),

@@ -343,3 +343,38 @@ def test_files_that_are_not_there_and_files_in_random_order_are_refused(write_pa
     with pytest.raises(ValueError, match="rows.shuffle_lines: num_used_data counts files here"):
         write_parquet([2], shuffle_lines=True)
     assert sorted(write_parquet([0], shuffle_lines=True)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ({}, ("repeat", None)),
+        ({"when_exhausted": "repeat"}, ("repeat", None)),
+        ({"when_exhausted": "drop"}, ("drop", 1)),
+        ({"when_exhausted": "stop", "epochs": 3}, ("stop", 3)),
+    ],
+)
+def test_what_follows_the_last_record(write, tokenizer, keys, expected):
+    specs = load(write(talk={"dataset_names": ["a"], "turns": 1, **keys}))
+    (group,) = build_groups(specs, tokenizer)
+    assert (specs[0].when_exhausted, specs[0].epochs) == (group.when_exhausted, group.epochs) == expected
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"when_exhausted": "end"}, "talk.when_exhausted: expected one of repeat, drop, stop, found 'end'"),
+        (
+            {"epochs": 2},
+            "talk.epochs: a group that repeats has no last epoch; add when_exhausted: drop or stop",
+        ),
+        ({"when_exhausted": "drop", "epochs": 0}, "talk.epochs: expected a whole number from 1, found 0"),
+        (
+            {"when_exhausted": "drop", "epochs": True},
+            "talk.epochs: expected a whole number from 1, found True",
+        ),
+    ],
+)
+def test_ends_that_make_no_sense_are_refused(write, keys, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(talk={"dataset_names": ["a"], "turns": 1, **keys}))
