@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data import ledger, replay
 from tests.e2e.conftest import Quickstart
 from tests.e2e.trainer import Done, run_trainer
 
@@ -64,6 +65,12 @@ def test_a_killed_run_ends_as_one_that_was_not(flags: dict[str, object], tmp_pat
 
     assert losses(killed) == losses(whole)
     assert accounts(killed) == accounts(whole)
+    assert ledger.main([str(killed / "results")]) == 0
+    for step in range(1, TOTAL_STEPS + 1):
+        assert replay.main([str(killed / "results"), "--step", str(step)]) == 0, (
+            "not the tensors that were trained on"
+        )
+    assert journal(killed) == journal(whole)
     for name in ("model.safetensors", "ema.safetensors"):
         found, expected = (load_file(run / "results" / "model" / name) for run in (killed, whole))
         assert found.keys() == expected.keys()
@@ -90,6 +97,12 @@ def losses(run: Path) -> list[dict[str, float]]:
     file = run / "results" / "train_log.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines]
+
+
+def journal(run: Path) -> list[list[dict[str, object]]]:
+    """What every rank noted about every step."""
+    lines = [file.read_text().splitlines() for file in sorted((run / "results").glob("journal.*.jsonl"))]
+    return [[entry for entry in map(json.loads, rank) if "packs" in entry] for rank in lines]
 
 
 def accounts(run: Path) -> list[str]:
