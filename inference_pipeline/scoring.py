@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.conversation import IMAGE
 from inference_pipeline.questions import Edit, Glyph, Question
 from train.metrics.boxes import box_iou
 from train.metrics.image import colours_match, digits_match, psnr
@@ -155,7 +156,7 @@ def result_row(
         "task": question.task,
         "main_task_type": question.main_task_type,
         "sub_task_type": question.sub_task_type,
-        "question": question.text,
+        "question": question.text.replace(IMAGE, "").strip(),
         "answer": output.text if output else "",
         "truth": question.answer,
         "missing": output is None,

@@ -67,7 +67,7 @@ SMOKE: Mapping[str, str] = {
 EVALUATE = (
     "{python} -m inference_pipeline.evaluate --model_path {run}/results_dir/model --model_id quickstart-seed{seed} "
     "--data_dir {run}/data --output_dir {run} --seed {seed} --timestep_shift 5 "
-    "--cfg_text_scale 2 --cfg_interval 0.4 1.0"
+    "--cfg_text_scale 2 --cfg_interval 0.4 1.0 --edit_cfg_text_scale 1"
 )
 
 

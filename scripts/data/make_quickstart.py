@@ -5,7 +5,8 @@ train, val and test, by class, before any scene is composed. Out, under `--outpu
 
     SPLIT/images/*.png          scenes and edited scenes, 64x64 RGB
     vqa_SPLIT.jsonl             message rows: one scene, every question that has one right answer
-    edit_SPLIT.jsonl            message rows: a scene, an instruction, the edited scene and a sentence before or after it
+    edit_SPLIT.jsonl            message rows: an instruction and a scene; where it applies, and the edited scene with a sentence
+                                before or after it
     text_SPLIT.jsonl            message rows without images
     t2i_SPLIT-000000.tar ...    WebDataset shards: KEY.png and KEY.json {"caption", "meta"}
     refer_SPLIT.json            COCO: boxes, run-length masks and "expressions" that name one digit each
@@ -228,9 +229,12 @@ def edit_row(ground: Ground, index: int, scene: scenes.Scene, image: Json) -> Js
     edit = scenes.edit(rng, scene)
     edited = _write_picture(ground, f"edited_{index:06d}.png", edit.after)
     text_first = bool(rng.integers(2))
-    answer = f"Done, {edit.report} <image>" if text_first else f"<image> Now {edit.report}"
+    # The place comes before the picture: said in words, it is learnt as words are, and the drawing has only to go by it.
+    said = f"{edit.report} <image>" if text_first else f"<image> Now {edit.report}"
+    answer = f"At {edit.square}: {said}"
     message = [
-        {"from": "human", "value": f"<image>\n{edit.instruction}"},
+        # The instruction comes first too: the input picture is then read, and its latents taken up, with it in mind.
+        {"from": "human", "value": f"{edit.instruction} <image>"},
         {"from": "gpt", "value": answer},
     ]
     order = "text_first" if text_first else "image_first"

@@ -66,6 +66,8 @@ NEAR = 1
 """The middle of a digit is at most so many pixels off its place in either direction, unless it would be cut off."""
 SIZES = {"small": (23, 25), "large": (31, 33)}
 """What captions call a digit whose glyph is enlarged to so many pixels."""
+SQUARES = 8
+"""A side is divided into so many, to say where something is."""
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Pixels = np.ndarray
@@ -138,9 +140,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """An instruction, what is true afterwards, and the scene that it leads to."""
+    """An instruction, where it applies (`square_of`), what is true afterwards, and the scene that it leads to."""
 
     instruction: str
+    square: str
     report: str
     after: Scene
     facts: dict[str, Any]
@@ -392,6 +395,12 @@ def expressions(digit: Digit, digits: Sequence[Digit]) -> list[str]:
     return names
 
 
+def square_of(digit: Digit) -> str:
+    """Where its middle is, as on a chessboard: columns a to h from the left, rows 1 to 8 from the top."""
+    column, row = (int(middle * SQUARES / SIDE) for middle in digit.centre)
+    return f"{'abcdefgh'[column]}{row + 1}"
+
+
 def edit(rng: np.random.Generator, scene: Scene) -> Edit:
     """Recolour (three in five) or remove one digit."""
     at = int(rng.integers(len(scene.digits)))
@@ -401,6 +410,7 @@ def edit(rng: np.random.Generator, scene: Scene) -> Edit:
     if kind == "remove":
         return Edit(
             instruction=f"Remove the {target.name}.",
+            square=square_of(target),
             report=f"the {target.name} is gone.",
             after=replace(scene, digits=others),
             facts={"kind": kind, **facts, "to": ""},
@@ -410,6 +420,7 @@ def edit(rng: np.random.Generator, scene: Scene) -> Edit:
     recoloured = replace(target, colour=colour)
     return Edit(
         instruction=f"Paint the {target.name} {colour}.",
+        square=square_of(target),
         report=f"the {target.value} is {colour}.",
         after=replace(scene, digits=scene.digits[:at] + (recoloured,) + scene.digits[at + 1 :]),
         facts={"kind": kind, **facts, "to": colour},

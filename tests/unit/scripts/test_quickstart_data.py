@@ -180,8 +180,11 @@ def test_edits_change_their_digit_and_no_pixel_outside_its_box(root: Path) -> No
         assert changed.any()
         changed[y0:y1, x0:x1] = False
         assert not changed.any()
-        assert answer.startswith("<image>") == (row["meta"]["order"] == "image_first")
-        assert answer.endswith("<image>") == (row["meta"]["order"] == "text_first")
+        place, said = answer.split(": ")
+        column, number = "abcdefgh".index(place[-2]), int(place[-1]) - 1
+        assert (column, number) == ((x0 + x1) // 2 // 8, (y0 + y1) // 2 // 8)
+        assert said.startswith("<image>") == (row["meta"]["order"] == "image_first")
+        assert said.endswith("<image>") == (row["meta"]["order"] == "text_first")
         wanted = [(d["digit"], d["colour"]) for d in row["meta"]["digits"]]
         if edit["kind"] == "remove":
             del wanted[edit["index"]]
