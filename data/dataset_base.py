@@ -68,6 +68,9 @@ class TaskDataset(ABC):
     needs: ClassVar[tuple[Tower, ...]] = ()
     """Transforms the class cannot do without; checked when the YAML is read."""
 
+    heads: tuple[str, ...] = ()
+    """Perception heads that all its samples are for, as its arguments say; not those that single rows may ask for."""
+
     def __init__(
         self,
         *,

@@ -65,6 +65,7 @@ class ReferDataset(TaskDataset):
     ) -> None:
         super().__init__(**base)
         self.templates = {"box": tuple(box_templates), "mask": tuple(mask_templates)}
+        self.heads = tuple(head for head, templates in self.templates.items() if templates)
         self.max_turns, self.independent_turns = max_turns, independent_turns
         if max_turns < 0:
             raise ValueError(f"max_turns must be 0 (all) or more, not {max_turns}")

@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = Tokenizer(source.tokenizer_path)
         specs = load_mixture(args.data.dataset_config_file)
         groups = build_groups(specs, tokenizer, args.data.index_cache_dir)
+        require_heads(source.config, groups, source.model_path)
         checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
         start = checkpoints.open(args.checkpoint)
         target = Path(args.checkpoint.results_dir) / "model"
@@ -142,6 +143,24 @@ def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> Ba
     return replace(
         config, llm=replace(config.llm, freeze_und=config.llm.freeze_und or args.params.freeze_und)
     )
+
+
+def require_heads(config: BagelConfig, groups: Sequence[Group], model_path: Path) -> None:
+    """Stop over a group whose boxes or masks no head would learn. Rows with `objects` are known when they come: `Bagel.forward`.
+
+    Raises:
+        ValueError: naming the group, the head and the file that says which heads there are.
+    """
+    for group in groups:
+        if missing := [head for head in group.dataset.heads if head not in config.heads]:
+            can_stay = len(missing) < len(group.dataset.heads)
+            rest = "".join(f", set its {head}_templates: []" for head in missing) if can_stay else ""
+            known = ", ".join(config.heads) or "none"
+            raise ValueError(
+                f"group {group.name!r}: {type(group.dataset).__name__} asks for what the model has no head for: "
+                f"{', '.join(missing)} ({model_path / 'bagel_config.json'} names its heads: {known}); "
+                f"take the group out of the mixture{rest}, or start from a model that has them"
+            )
 
 
 def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:

@@ -6,7 +6,9 @@ latents ───▶ vae2llm + time + 2-D position ───────┘
 """
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -70,7 +72,11 @@ class Bagel(nn.Module):
 
         Returns:
             predictions at the batch's labels, latent patches and anchors.
+
+        Raises:
+            ValueError: if the pack has regions for a head that the model lacks: nothing would learn from them.
         """
+        self._require_heads(batch)
         attend = attend or _pack_rule(batch, self.attention)
         grids = self._see(batch)
         routing = Routing.build(batch.gen_index, batch.num_tokens)
@@ -86,6 +92,17 @@ class Bagel(nn.Module):
             grids=grids,
             heads={name: self._perceive(name, hidden, batch, grids) for name in self.heads},
         )
+
+    def _require_heads(self, batch: PackedBatch) -> None:
+        for name, region in batch.regions.items():
+            if name not in self.heads:
+                ends = accumulate(batch.sample_lens)
+                where = batch.origins[bisect_right(list(ends), int(region.anchor[0]))]
+                raise ValueError(
+                    f"group {where.group!r}: {where.where}: the row has an object for the {name} head, which the model lacks "
+                    f"(bagel_config.json names its heads: {', '.join(self.heads) or 'none'}); take such rows out, or start from "
+                    "a model that has it"
+                )
 
     def velocity_of(self, gen_stream: Tensor) -> Tensor:
         """Velocity `l (p p z)` that a `ModelOutput.gen_stream` `l d` stands for."""

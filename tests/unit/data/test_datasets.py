@@ -596,6 +596,7 @@ def test_referring_turns_carry_their_regions(tokenizer):
 
 def test_referring_geometry(tokenizer):
     only_box = make(ReferDataset, tokenizer, mask_templates=[])
+    assert (only_box.heads, make(ReferDataset, tokenizer).heads) == (("box",), ("box", "mask"))
     (region,) = sample_of(only_box, coco(annotation())).regions
     torch.testing.assert_close(region.box, torch.tensor([16, 8, 18, 40]) / 64)
     only_mask = make(ReferDataset, tokenizer, box_templates=[], mask_templates=["Cut out {ref}."])

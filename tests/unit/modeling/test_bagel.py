@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.packing import pack
-from data.types import Region, Sample, Segment
+from data.types import Origin, Region, Sample, Segment
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.shard_plan import shard_plan
 from modeling.ops.attention_backends import ATTENTION
@@ -224,3 +224,15 @@ def test_freeze_und_trains_the_generation_side_and_the_output_layer() -> None:
     assert {group_of(n) for n in found} == {"llm_gen", "flow", "box", "mask", "embeddings"}
     assert "language_model.lm_head.weight" in found
     assert "language_model.model.embed_tokens.weight" not in found
+
+
+def test_a_row_with_an_object_that_no_head_learns_is_named() -> None:
+    model = tiny_model(replace(tiny_config(), heads={"mask": {"channels": 8}}))
+    origins = [Origin(group="vqa", lane=0, position=i, where=f"rows.jsonl:{i}") for i in range(3)]
+    samples = [text_sample(), perception_sample(), text_sample()]
+    batch = pack([replace(s, origin=o) for s, o in zip(samples, origins, strict=True)], SPEC, SPECIAL)
+    with pytest.raises(
+        ValueError,
+        match="group 'vqa': rows.jsonl:1: .* the box head, .*bagel_config.json names its heads: mask",
+    ):
+        model(batch, made_up_latents(batch).noised)
