@@ -166,6 +166,15 @@ def format_accounts(all_accounts: Mapping[str, Account]) -> str:
     return f"read = {' + '.join(columns)}: " + " | ".join(each)
 
 
+def format_shares(all_accounts: Mapping[str, Account], demands: Mapping[str, Demand]) -> str:
+    """One line for the log: `vqa 25.0% 24.8% 31.2% | edit ...`."""
+    each = (
+        f"{group} {s['requested']:.1%} {s['samples']:.1%} {s['tokens']:.1%}"
+        for group, s in shares(all_accounts, demands).items()
+    )
+    return "share of draws requested, of samples and of tokens trained on: " + " | ".join(each)
+
+
 def format_lost(all_accounts: Mapping[str, Account]) -> str:
     """What the packer lost, for the end of a run; empty if nothing."""
     lost, read = (sum(getattr(a, c).samples for a in all_accounts.values()) for c in ("lost", "read"))

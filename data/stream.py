@@ -137,7 +137,7 @@ class LaneStream:
         cursor: where to go on.
 
     Raises:
-        ValueError: if the cursor names a group that the mixture does not have.
+        ValueError: if the cursor names a group that the mixture does not have, or no pack can hold a sample that waits.
     """
 
     def __init__(self, plan: StreamPlan, cursor: LaneCursor):
@@ -146,6 +146,7 @@ class LaneStream:
         self.groups, self.budget = plan.groups, plan.budget
         self._groups = {g.name: g for g in plan.groups}
         self._require_groups(cursor)
+        self._require_fitting(cursor)
         self.packs, self._draws = cursor.packs, cursor.draws
         self._read = dict(cursor.read)
         self._rejected = {g: dict(r) for g, r in cursor.rejected.items()}
@@ -170,9 +171,14 @@ class LaneStream:
 
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in order."""
-        tickets = POLICIES[self.budget.policy].next_samples(self)
+        policy = POLICIES[self.budget.policy]
+        chosen = policy.next_samples(self)
+        while (made := [self._made(ticket) for ticket in chosen]) != chosen:
+            # Options have changed since these were read: they are as the new ones make them, and are chosen among anew.
+            self.waiting = [*made, *self.waiting]
+            chosen = policy.next_samples(self)
         self.packs += 1
-        return [self._take(ticket) for ticket in tickets]
+        return [self._drop(ticket) for ticket in chosen]
 
     def take_rejects(self) -> tuple[Reject, ...]:
         """What was rejected since this was last asked for."""
@@ -237,13 +243,17 @@ class LaneStream:
         self._in_a_row[group.name] = 0
         self._recent_tokens = self._recent_tokens * MEMORY + ticket.tokens
         self._recent_pairs = self._recent_pairs * MEMORY + ticket.pairs
-        self._keep(ticket, sample)
+        size = _bytes_of(sample)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[group.name, position] = sample
+            self._kept_bytes += size
         return ticket
 
     def lose(self, sample: Ticket) -> None:
         """Count a sample that will be in no pack."""
         self._lost[sample.group] = self._lost.get(sample.group, Amount()) + sample.amount
-        self._drop(sample)
+        if (sample.group, sample.position) in self._kept:
+            self._drop(sample)
 
     def _open_groups(self) -> list[Group]:
         """The groups that may be drawn."""
@@ -257,21 +267,26 @@ class LaneStream:
         share = share_of_lane(self.lane, self.plan.num_lanes, group.epochs * len(group.source))
         return self._read.get(group.name, Amount()).samples >= share
 
-    def _keep(self, ticket: Ticket, sample: Sample) -> None:
-        size = _bytes_of(sample)
-        if self._kept_bytes + size <= KEPT_BYTES:
-            self._kept[ticket.group, ticket.position] = sample
-            self._kept_bytes += size
+    def _made(self, ticket: Ticket) -> Ticket:
+        """The ticket of a sample that is in memory now, made again if it was not; what it takes is counted as it is now."""
+        if (ticket.group, ticket.position) in self._kept:
+            return ticket
+        made = _make(self.plan, self._groups[ticket.group], self.lane, ticket.position, ticket.since)
+        if isinstance(made, Reject):
+            raise ValueError(
+                f"group {ticket.group!r}: a sample that waited for its pack can no longer be used: {made.message}"
+                "; restore the data and options of the run, or start a new one"
+            )
+        sample, now = made
+        self._kept[now.group, now.position] = sample
+        self._kept_bytes += _bytes_of(sample)
+        self._read[now.group] += now.amount - ticket.amount
+        return now
 
-    def _drop(self, ticket: Ticket) -> Sample | None:
-        sample = self._kept.pop((ticket.group, ticket.position), None)
-        if sample is not None:
-            self._kept_bytes -= _bytes_of(sample)
+    def _drop(self, ticket: Ticket) -> Sample:
+        sample = self._kept.pop((ticket.group, ticket.position))
+        self._kept_bytes -= _bytes_of(sample)
         return sample
-
-    def _take(self, ticket: Ticket) -> Sample:
-        sample = self._drop(ticket)
-        return self._again(ticket) if sample is None else sample
 
     def _reject(self, reject: Reject) -> None:
         group = reject.group
@@ -292,19 +307,6 @@ class LaneStream:
         if count > limit or self._in_a_row[group] >= REJECTS_IN_A_ROW:
             raise ValueError(reject_message(group, count, limit, shown))
 
-    def _again(self, ticket: Ticket) -> Sample:
-        made = _make(self.plan, self._groups[ticket.group], self.lane, ticket.position, ticket.since)
-        problem = made.message if isinstance(made, Reject) else ""
-        if not isinstance(made, Reject):
-            sample, now = made
-            if now == ticket:
-                return sample
-            problem = f"{sample.origin.where}: has {now.tokens} tokens now, had {ticket.tokens} when it was first read"
-        raise ValueError(
-            f"group {ticket.group!r}: a sample that waited for its pack has changed meanwhile: {problem}"
-            "; restore the data and options of the run, or start a new one"
-        )
-
     def _require_groups(self, cursor: LaneCursor) -> None:
         known: Mapping[str, Group] = self._groups
         for group in [*cursor.read, *(w.group for w in cursor.waiting)]:
@@ -312,6 +314,15 @@ class LaneStream:
                 raise ValueError(
                     f"the checkpoint was made with a group {group!r}, the mixture has {', '.join(known)}; "
                     "keep it (with weight 0 if it is not wanted any more) or start a new run"
+                )
+
+    def _require_fitting(self, cursor: LaneCursor) -> None:
+        for waiting in cursor.waiting:
+            refused = _refused(waiting, self.budget)
+            if refused is not None:
+                raise ValueError(
+                    f"group {waiting.group!r}: a sample that waits since before the run was resumed fits no pack any more: "
+                    f"{refused[1]}, or restore the options of the run"
                 )
 
 

@@ -121,6 +121,13 @@ class Amount:
             self.loss_tokens + other.loss_tokens,
         )
 
+    def __sub__(self, other: "Amount") -> "Amount":
+        return Amount(
+            self.samples - other.samples,
+            self.tokens - other.tokens,
+            self.loss_tokens - other.loss_tokens,
+        )
+
     def to_json(self) -> list[int]:
         return [self.samples, self.tokens, self.loss_tokens]
 

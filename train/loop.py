@@ -16,6 +16,7 @@ from data.ledger import (
     count_trained,
     format_accounts,
     format_lost,
+    format_shares,
     require_few_rejects,
     scalars,
 )
@@ -86,6 +87,7 @@ def train(
         if state.step % run.args.train.log_every == 0 or state.step == total:
             ledger = check_accounts(run, state)
             reporter.note(format_accounts(ledger))
+            reporter.note(format_shares(ledger, state.demands))
             reporter.scalars(state.step, scalars(ledger, state.demands))
         if state.step % every == 0 or state.step == total:
             checkpoints.save(state)

@@ -12,7 +12,16 @@ import yaml
 from data import ledger, replay
 from data.journal import journal_name, plan_from_json, plan_to_json, read_step, step_line
 from data.layout import LayoutSpec
-from data.ledger import Demand, accounts, add_amounts, count_trained, format_accounts, scalars, shares
+from data.ledger import (
+    Demand,
+    accounts,
+    add_amounts,
+    count_trained,
+    format_accounts,
+    format_shares,
+    scalars,
+    shares,
+)
 from data.loader import build_loader
 from data.mixture import build_groups, load_mixture
 from data.packing import content_hash
@@ -216,6 +225,9 @@ def test_what_was_trained_on_is_counted_from_the_tensors():
     share = shares(found, demands)
     assert (
         share["text"]["requested"] == pytest.approx(2 / 3) and sum(s["tokens"] for s in share.values()) == 1
+    )
+    assert format_shares(found, demands).startswith(
+        "share of draws requested, of samples and of tokens trained on: image 33.3% "
     )
     values = scalars(found, demands)
     assert values["ledger/text/trained_tokens"] == found["text"].trained.tokens

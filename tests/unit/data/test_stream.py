@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import stream
 from data.dataset_base import DropoutSpec, SkipSample, check_sample, finish_sample
 from data.ledger import accounts, add_amounts, count_trained, format_accounts, require_few_rejects
 from data.order import sample_rng
@@ -37,15 +38,40 @@ def test_packs_keep_to_the_budget_and_lose_nothing(expected, slack, max_buffer, 
     assert everything == read  # each exactly once
 
 
-def test_what_waited_and_is_another_sample_now_stops_the_run():
+def test_samples_that_memory_has_no_room_for_are_made_again(monkeypatch):
+    groups = (group("image", lengths(60, 5, 30), image=True), group("long", lengths(60, 40, 95)))
+    expected = [fingerprint(b) for b in take(LaneStream(plan(*groups), LaneCursor(lane=0)), 20)]
+    monkeypatch.setattr(stream, "KEPT_BYTES", 0)
+    again = LaneStream(plan(*groups), LaneCursor(lane=0))
+    assert [fingerprint(b) for b in take(again, 20)] == expected
+
+
+def test_what_waited_and_fits_no_more_is_said_at_the_start():
+    ticket = Ticket("long", 0, since=0, tokens=90, planned=90, loss_tokens=89, pairs=4095)
+    cursor = LaneCursor(lane=0, packs=2, read={"long": Amount(1, 90, 89)}, waiting=(ticket,))
+    small = PackBudget(expected=50, maximum=80, per_sample=80)
+    with pytest.raises(
+        ValueError, match="fits no pack any more: 90 tokens, the budget is 80; raise --max_num_tokens_per"
+    ):
+        LaneStream(plan(budget=small), cursor)
+
+
+def test_what_waited_is_made_again_as_the_options_are_now():
     ticket = Ticket("short", 0, since=0, tokens=12, planned=12, loss_tokens=11, pairs=78)
     cursor = LaneCursor(lane=0, read={"short": Amount(1, 12, 11)}, waiting=(ticket,))
-    same = LaneStream(plan(group("short", [12])), cursor).next_pack()
-    assert same.origins[0].position == 0 and same.sample_lens[0] == 12
-    with pytest.raises(ValueError, match="has changed meanwhile: toy.jsonl:1: the number is negative"):
+    for tokens in (12, 13, 99):
+        groups = (group("short", [tokens]), group("other", [50] * 9))
+        lane = LaneStream(plan(*groups), cursor)
+        trained = {}
+        for batch in take(lane, 6):
+            add_amounts(trained, count_trained(batch))
+            accounts([batch.cursor], trained)  # raises if tokens do not add up
+            assert batch.num_tokens <= 100
+        assert trained["short"].tokens % tokens == 0
+    with pytest.raises(ValueError, match="can no longer be used: toy.jsonl:1: the number is negative"):
         LaneStream(plan(group("short", [-1], weight=0.0), group("other", [50] * 9)), cursor).next_pack()
-    with pytest.raises(ValueError, match="toy.jsonl:1: has 13 tokens now, had 12 when it was first read"):
-        LaneStream(plan(group("short", [13])), cursor).next_pack()
+    with pytest.raises(ValueError, match="can no longer be used: toy.jsonl:1: 101 tokens, the budget is 100"):
+        LaneStream(plan(group("short", [101], weight=0.0), group("other", [50] * 9)), cursor).next_pack()
 
 
 def test_a_stream_rebuilt_from_any_cursor_goes_on_with_the_same_bytes():
