@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 ENTRY = """
 import sys
 import torch
+from data.processes import fork_server
 from train.distributed.collectives import all_sum, barrier
 from train.distributed.session import run_entry, session
+
+HELD = []
 
 def main():
     with session(timeout_s=60, seed=3) as world:
@@ -27,6 +30,10 @@ def main():
                 raise ValueError("configs/x.yaml: unknown key 'wieght'; did you mean weight?")
             if how == "bug":
                 raise KeyError("oops")
+            if how == "queue":
+                HELD.append(fork_server([]).Queue())
+                HELD[0].put(1)
+                raise ValueError("with a queue")
         barrier()
         sys.stdout.write(f"rank {world.rank} of {world.size} done\\n")  # one write: the ranks share the pipe
 
@@ -85,6 +92,15 @@ def test_a_bug_keeps_its_traceback_and_one_process_needs_no_torchrun(tmp_path: P
     )
     done, _ = launch(tmp_path, 1, "fine", "-1", torchrun=False)
     assert (done.returncode, done.stdout) == (0, "rank 0 of 1 done\n")
+
+
+def test_no_semaphore_and_no_folder_outlives_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done, _ = launch(tmp_path, 1, "queue", "0", torchrun=False)
+    assert done.stderr == "error: with a queue\n"  # and no warning of leaked semaphores
+    assert [path.name for path in tmp_path.iterdir()] == ["entry.py"]
 
 
 def test_in_one_process_it_opens_and_closes_as_often_as_wanted() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import util
 from pathlib import Path
 from typing import NoReturn
 
@@ -107,6 +108,9 @@ def finish(code: int = 0) -> NoReturn:
     """End the process without finalising the interpreter. Writers have to be closed before."""
     for child in multiprocessing.active_children():
         child.terminate()
+    # The interpreter would do this at its end: the semaphores of the loader's queues have names, and the fork server a folder,
+    # that outlive the process. A queue's thread may hold them for a moment after the loader is gone.
+    util._run_finalizers()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
