@@ -255,7 +255,7 @@ def report(
 
 def _sum_of(a: Account, name: str, has_lost: bool) -> str:
     parts = [a.trained, a.waiting, a.all_rejected, *([a.lost] if has_lost else [])]
-    return " + ".join(f"{getattr(part, name)}" for part in parts)
+    return " + ".join(str(getattr(part, name)) for part in parts)
 
 
 def _broken(a: Account) -> str:
