@@ -31,7 +31,7 @@ REJECTS_IN_A_ROW = 1000
 
 REJECTS_SHOWN = 3
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 128 << 20
 """Pictures of waiting samples that a lane holds in memory; those of further ones are decoded again when they are packed."""
 
 MEMORY = 1 - 1 / 512
