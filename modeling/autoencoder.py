@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from modeling.diffusers_autoencoder import WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from modeling.diffusers_autoencoder import from_diffusers, read_diffusers_config
+from modeling.weights import unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -362,7 +363,7 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Au
     try:
         loaded = load_file(str(file))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+        raise unreadable(file, error) from error
     state = {name.removeprefix("module."): tensor.float() for name, tensor in loaded.items()}
     if file.name == DIFFUSERS_WEIGHTS:
         state = from_diffusers(state, len(config.ch_mult))

@@ -2,14 +2,16 @@
 
 Read: `ema.safetensors` or `model.safetensors`, their `_bf16` copies where the originals are absent, or several files with an
 `*.safetensors.index.json`. Keys may carry the prefixes of wrappers (`module.`, `bagel.`). What is computed and not read (position
-tables, rotary tables), and what belongs to another model (a VAE kept beside), is left out here. The files are mapped, not copied:
-a node holds one copy of the pages in use, a process one tensor. `modeling/tensor_file.py` writes what is read here.
+tables, rotary tables), and what belongs to another model (a VAE kept beside, or named in the index), is left out here. The files
+are mapped, not copied: a node holds one copy of the pages in use, a process one tensor. `modeling/tensor_file.py` writes what is
+read here.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,9 @@ PREFIXES = ("module.", "bagel.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Precision as a safetensors header spells it -> torch's; what has another is no weight."""
 ROTARY = re.compile(r"\.rope\.(cos|sin)_[hw]$")
-NOT_READ = re.compile(rf"^(vae_model\.|latent_pos_embed\.|vit_pos_embed\.)|{ROTARY.pattern}")
+AUTOENCODER = r"vae_model\.|(encoder|decoder)\.(conv_in|down|mid|up|norm_out|conv_out)\."
+NOT_READ = re.compile(rf"^({AUTOENCODER}|latent_pos_embed\.|vit_pos_embed\.)|{ROTARY.pattern}")
+LFS_POINTER = b"version https://git-lfs"
 LLM_LAYER = re.compile(r"^language_model\.model\.layers\.(\d+)\.")
 VIT_LAYER = re.compile(r"^vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
 
@@ -174,7 +178,17 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
+        raise unreadable(file, e) from e
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    """What is wrong with a file that safetensors refuses, for people."""
+    with suppress(OSError), file.open("rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            return ValueError(
+                f"{file}: is a git-lfs pointer that stands for the weights; run `git lfs pull` in {file.parent} to get them"
+            )
+    return ValueError(f"{file}: cannot be read as safetensors ({error}); copy it here again")
 
 
 def _plain(key: str) -> str:

@@ -141,7 +141,7 @@ ENDS: dict[Prepare, str] = {
     flag_typo: r"unknown argument --expected_num_tokns=500; did you mean --expected_num_tokens\?",
     contradicting_budgets: r"--expected_num_tokens 800 is more than --max_num_tokens 700; a pack could never be full",
     no_weights: r".*/base/model\.safetensors: no weights here; train or export a model first, or ask for --from_scratch True",
-    damaged_autoencoder: r"{folder}/model/ae\.safetensors: not a readable safetensors file \(.*\); copy it again",
+    damaged_autoencoder: r"{folder}/model/ae\.safetensors: cannot be read as safetensors \(.*\); copy it here again",
     lanes_and_ranks: r"3 lanes cannot be dealt to 2 ranks evenly; usable world sizes are 1, 3 "
     r"\(or set --num_lanes for a new run\)",
     too_many_bad_records: r"group 'text_only': 1 records? could not be used, the limit is 0; "

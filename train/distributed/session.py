@@ -110,7 +110,7 @@ def finish(code: int = 0) -> NoReturn:
         child.terminate()
     # The interpreter would do this at its end: the semaphores of the loader's queues have names, and the fork server a folder,
     # that outlive the process. A queue's thread may hold them for a moment after the loader is gone.
-    util._run_finalizers()
+    util._run_finalizers()  # type: ignore[attr-defined]  # there in every version, not in typeshed
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

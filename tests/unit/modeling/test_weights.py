@@ -82,16 +82,25 @@ def test_the_kinds_of_weights_of_a_published_directory(tmp_path: Path, tensors: 
     assert (
         find_weights(bagel, "model") == bagel / "model.safetensors.index.json"
     )  # the same tensors, and the autoencoder's
-    index = json.loads((bagel / "model.safetensors.index.json").read_text())
-    assert open_weights(bagel / "model.safetensors.index.json").shapes.keys() >= {
-        k for k in index["weight_map"] if "pos_embed" not in k
-    }
     key = "language_model.model.norm.weight"
     last = dict(load_model(unimedvl, "model").named_parameters())
     assert torch.equal(last[key], tensors[key] + 1)
     (unimedvl / "model.safetensors").unlink()  # what is left under that name is a map of components
     assert find_weights(unimedvl, "model") is None
     assert weights_kind(unimedvl, prefer_ema=False) == "ema"
+
+
+def test_the_autoencoder_in_an_index_is_not_spoken_of(
+    tmp_path: Path, tensors: Tensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_bagel(tmp_path, tensors)
+    weights = open_weights(tmp_path / "model.safetensors.index.json")
+    assert len(load_file(tmp_path / "ae.safetensors")) > 50
+    assert weights.shapes.keys() == {k for k in tensors if "pos_embed.pos_embed" not in k}
+    with caplog.at_level("INFO"):
+        load_model(tmp_path, "model")
+    told = [record.message for record in caplog.records if "tensors loaded" in record.message]
+    assert len(told) > 4 and all("0 in the file not used" in line for line in told), told
 
 
 def shards(folder: Path, tensors: Tensors) -> None:
@@ -211,6 +220,21 @@ def test_what_does_not_fit_is_named(folder: Path, tensors: Tensors) -> None:
         match=r"0 tensors missing, 1 of another shape: .* is \[32, 48\], the configuration says \[48, 32\]",
     ):
         load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors"])
+def test_a_pointer_of_git_lfs_is_known_as_what_it_is(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    write_bagel(tmp_path, tensors)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"{name}: is a git-lfs pointer that stands for the weights; run `git lfs pull` in {tmp_path}",
+    ):
+        load_model(tmp_path)
+        load_autoencoder(tmp_path)
 
 
 @pytest.mark.parametrize(
