@@ -129,14 +129,22 @@ CHANGES: Mapping[tuple[str, str], Callable[[Path], str]] = {
     ("bagel_inference/text_05_stop", "place in the cache"): _tensor("op1/packed_key_value_indexes"),
     ("bagel_inference/text_05_stop", "last token"): _json("expected.json", "argmax_of_last_step", 0),
     ("bagel_inference/text_05_stop", "cache at the end"): _json("expected.json", "kv_len_after_generation"),
+    ("bagel_inference/text_05_stop", "margin"): _json("expected.json", "min_top1_top2_margin"),
     ("bagel_inference/image_12_taylorseer", "velocity"): _tensor("v_t"),
+    ("bagel_inference/image_12_taylorseer", "guidance"): _json(
+        "expected.json", "cfg_scales_used_per_step", 3, 1
+    ),
     ("bagel_inference/image_11_batch_global", "latents"): _tensor("final_latent_tokens.1"),
     ("bagel_inference/image_11_batch_global", "length"): _json(
         "expected.json", "context_cfg_text", "kv_lens", 1
     ),
     ("bagel_inference/e2e_03_vqa", "token"): _json("expected.json", "generated", 3),
+    ("bagel_inference/e2e_03_vqa", "margin"): _json("expected.json", "min_top1_top2_margin"),
     ("bagel_inference/e2e_01_edit", "pixels"): _tensor("decoded_pixels"),
     ("bagel_transforms", "size"): _json("resize_table.json", "parameter_sets", 0, "resized", 0, 1),
+    ("bagel_transforms", "mean"): _json("pixels.json", "images", 0, "results", 0, "mean"),
+    ("bagel_transforms", "deviation"): _json("pixels.json", "images", 0, "results", 1, "std_per_channel", 2),
+    ("bagel_transforms", "size of a picture"): _json("pixels.json", "images", 0, "results", 0, "size_wh", 0),
     ("siglip_navit/rope2d", "output"): _tensor("output"),
     ("vae", "latent"): _tensor("latent_sampled.0"),
     ("schedules", "learning rate"): _json("schedulers.json", "schedules", 0, "lr", 5),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.parity.comparison import Comparison
 from tests.parity.kinds.models import build_autoencoder, build_model
 
 TOLERANCE, LATENT_TOLERANCE, PIXEL_TOLERANCE = 1e-5, 3e-5, 2e-5
+MARGIN_TOLERANCE = 1e-4
+"""Measured: 1.7e-5. The margin is a hundredth of the logits that it is the difference of, whose own rounding is 1e-5 of it."""
 
 Json = Mapping[str, Any]
 
@@ -56,13 +59,16 @@ class GivenLatents:
 
 
 class RecordingDecoder(Decoder):
-    """A decoder that remembers every pack it made, and starts its images from given noise where there is some."""
+    """A decoder that remembers every pack it made, the logits it chose from and the times it asked a velocity for (once per
+    context in use), and starts its images from given noise where there is some.
+    """
 
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         self.packed: list[PackedBatch] = []
         self.logits: list[Tensor] = []
         self.noise: Tensor | None = None
+        self.times: list[float] = []
 
     def _pack(self, context: Context, segments: Sequence[Segment]) -> PackedBatch:
         self.packed.append(super()._pack(context, segments))
@@ -74,6 +80,15 @@ class RecordingDecoder(Decoder):
             return choose(logits, sequences)
 
         return super().write(context, max_new_tokens, remember, writes)
+
+    def _velocities(self, context, batch, options):  # type: ignore[no-untyped-def]
+        velocity = super()._velocities(context, batch, options)
+
+        def remember(x: Tensor, t: float) -> Tensor:
+            self.times.append(t)
+            return velocity(x, t)
+
+        return remember
 
     def denoise(self, contexts, batches, x, options, watch=None) -> Tensor:  # type: ignore[no-untyped-def]
         return super().denoise(contexts, batches, x if self.noise is None else self.noise, options, watch)
@@ -236,10 +251,18 @@ def run_text(case: Case) -> None:
     case.found.equal("generated", ids, [column[1:].tolist() for column in generated.T])
     case.found.equal("generated (JSON)", ids, [row[1:] for row in case.answers["generated"]])
     case.found.close("step_logits", logits[: len(theirs)], theirs, TOLERANCE)
+    compare_margin(case, logits[: len(theirs)])
     last = logits[len(theirs) - 1].argmax(-1).tolist()
     case.found.equal("argmax_of_last_step", last, case.answers["argmax_of_last_step"])
     held = sum(context.cache.lens) - len(ids)  # the published loop does not keep the end token
     case.found.equal("kv_len_after_generation", held, case.answers["kv_len_after_generation"])
+
+
+def compare_margin(case: Case, logits: Tensor) -> None:
+    """How near the second likeliest token came to being chosen."""
+    first, second = logits.topk(2).values.unbind(-1)
+    theirs = torch.tensor(case.answers["min_top1_top2_margin"])
+    case.found.close("min_top1_top2_margin", (first - second).min(), theirs, MARGIN_TOLERANCE)
 
 
 def run_image(case: Case) -> None:
@@ -278,6 +301,13 @@ def _denoise(
         case.found.close(f"timestep.{i}", torch.tensor(t), case.expected["timesteps"][i], TOLERANCE)
         case.found.close(f"x_t.{i}", x_t, case.expected["x_t"][i], LATENT_TOLERANCE)
         case.found.close(f"v_t.{i}", v_t, case.expected["v_t"][i], LATENT_TOLERANCE)
+    scales = case.answers["cfg_scales_used_per_step"]
+    asked = [replace(options, cfg_text_scale=t, cfg_img_scale=i).num_contexts for t, i in scales]
+    case.found.equal("contexts_used_per_step", [case.decoder.times.count(t) for t, *_ in steps], asked)
+    # A step without guidance has no scale; what is recorded of it says no more than that.
+    guided = [scale for scale, contexts in zip(scales, asked, strict=True) if contexts > 1]
+    ours = [[options.cfg_text_scale, options.cfg_img_scale]] * len(guided)
+    case.found.equal("cfg_scales_used_per_step", ours, guided)
     return x
 
 
@@ -357,7 +387,9 @@ def run_chain(case: Case) -> None:
             "generated", [int(word) for word in answer.text.split()], case.answers["generated"][1:]
         )
         theirs = case.expected["step_logits"]
-        case.found.close("step_logits", torch.stack(decoder.logits)[: len(theirs)], theirs, TOLERANCE)
+        logits = torch.stack(decoder.logits)[: len(theirs)]
+        case.found.close("step_logits", logits, theirs, TOLERANCE)
+        compare_margin(case, logits)
         return
     decoder.noise = case.inputs["init_noise"]
     height, width = params.get("image_shapes", (None, None))

@@ -30,13 +30,26 @@ def run(folder: Path) -> Comparison:
     for picture in pictures["images"]:
         with Image.open(folder / picture["file"]) as opened:
             opened.load()
+        found.equal(
+            f"{picture['name']}/opened",
+            [opened.mode, *opened.size],
+            [picture["mode"], picture["width"], picture["height"]],
+        )
         rgb = _channels_last(to_rgb(opened))
         found.equal(f"{picture['name']}/rgb", rgb, tensors[f"{picture['name']}/rgb_uint8_hwc"])
         for i, parameters in enumerate(pictures["parameter_sets"]):
             ours = normalise_pixels(_transform(parameters)(opened))
-            found.close(
-                f"{picture['name']}/set{i}", ours, tensors[f"{picture['name']}/set{i}/pixels_chw"], TOLERANCE
-            )
+            name, theirs = f"{picture['name']}/set{i}", picture["results"][i]
+            found.close(name, ours, tensors[f"{name}/pixels_chw"], TOLERANCE)
+            found.equal(f"{name}/size", [ours.shape[2], ours.shape[1]], theirs["size_wh"])
+            exact = ours.double()
+            statistics = {
+                "mean": exact.mean(),
+                "mean_per_channel": exact.mean((1, 2)),
+                "std_per_channel": exact.std((1, 2), correction=0),
+            }
+            for what, value in statistics.items():
+                found.close(f"{name}/{what}", value, torch.tensor(theirs[what]), TOLERANCE)
     return found
 
 
