@@ -18,7 +18,6 @@ class TextDataset(TaskDataset):
     Plan: text, text (supervised), text, text (supervised) …
     """
 
-
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         row = read_row(ChatRow, record.data)
         turns = [replace(turn, text=" ".join(turn.text.replace(IMAGE, " ").split())) for turn in row.turns]
