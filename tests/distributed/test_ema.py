@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import build, toy_args
-from train.distributed.sharding import full_tensors, write_full
+from train.distributed.sharding import write_full
 
 
 def average_of_known_weights(decay: float, warmup: bool) -> dict[str, Tensor]:

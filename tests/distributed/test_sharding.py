@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import UNITS, Toy, build, fsdp_args, rows, starting_value, toy_args
 from train.distributed.collectives import (
@@ -15,7 +16,7 @@ from train.distributed.collectives import (
     world_size,
 )
 from train.distributed.mesh import build_mesh, mesh_shape
-from train.distributed.sharding import clip_grad_norm, full_tensors, materialise, shard_model, sync_gradients
+from train.distributed.sharding import clip_grad_norm, materialise, shard_model, sync_gradients
 from train.optim import set_learning_rates
 
 NUM_ROWS = 12

@@ -14,6 +14,7 @@ from data.packing import pack
 from data.types import LaneCursor, PackedBatch
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.shard_plan import shard_plan
+from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.unit.modeling.tiny import (
     SPEC,
@@ -30,7 +31,7 @@ from train.config import Args, build_args
 from train.distributed.collectives import rank, world_size
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World
-from train.distributed.sharding import full_tensors, materialise, shard_model
+from train.distributed.sharding import materialise, shard_model
 from train.ema import Ema
 from train.loop import Run, training_step
 from train.objective import Objective

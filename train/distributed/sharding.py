@@ -119,18 +119,6 @@ def write_full(target: Tensor, full: Tensor) -> None:
 
 
 @torch.no_grad()
-def full_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of rank 0, one gathered at a time; every rank must call. Other ranks get an empty dict."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    whole = {}
-    for name, x in named:
-        full = full_tensor(x)
-        if is_main:
-            whole[name] = full.detach().to("cpu", copy=True)
-    return whole
-
-
-@torch.no_grad()
 def full_tensor(x: Tensor) -> Tensor:
     """The whole of a tensor, on its device; every rank must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x
