@@ -315,10 +315,19 @@ class FsdpArgs:
         "auto", "How the decoder's attention is computed; they agree to rounding. `flex` needs a GPU."
     )
     use_flex: bool = flag(False, "The same as --attention flex, where there is a GPU.")
+    cpu_offload: bool = flag(
+        False,
+        "Keep weights, gradients and optimizer state in host memory, where the optimizer then runs; a unit's weights come to the "
+        "GPU when it computes.",
+    )
 
     def backend(self, device_type: str) -> str:
         """The attention asked for: `--use_flex` counts on a GPU."""
         return "flex" if self.use_flex and device_type == "cuda" else self.attention
+
+    def home(self, device: str) -> str:
+        """Where shards lie between their uses, on a rank that computes on `device`."""
+        return "cpu" if self.cpu_offload else device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,7 +394,6 @@ class PublishedArgs:
     backward_prefetch: str = flag(
         "BACKWARD_PRE", "When FSDP gathers the next unit in backward; always early here."
     )
-    cpu_offload: bool = flag(False, "Keep shards in host memory; not built.")
     freeze_vae: bool = flag(True, "Keep the autoencoder as it is; always so here.")
     vae_lr: float | None = flag(None, "Learning rate of the autoencoder, which is not trained.", low=0)
     e2e_lr: float | None = flag(None, "Used by no trainer.", low=0)

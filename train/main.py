@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.train.validate_only:
             return validate(model, plan, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
-        materialise(model, world.device, values)
+        materialise(model, args.fsdp.home(str(world.device)), values)
 
         optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
         ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)

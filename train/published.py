@@ -218,7 +218,15 @@ PUBLISHED: Mapping[str, Published] = {
             "FSDP2 always gathers the next unit before the gradients of the present one are computed (BACKWARD_PRE)",
         ),
     ),
-    "cpu_offload": Published("bool", _both(False), _not_built(False, "keeping the shards in host memory")),
+    "cpu_offload": Published(
+        "bool",
+        _both(False),
+        Answer(
+            False,
+            "there is no GPU that the shards could be kept away from; they lie in host memory anyway",
+            unless=("device", "cuda"),
+        ),
+    ),
     "zero_stage": Published(
         "int",
         {"deepspeed": 2},

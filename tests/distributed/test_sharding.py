@@ -51,6 +51,7 @@ CASES = [
     (2, 2, {"sharding_strategy": "FULL_SHARD", "min_unit_params": 40}),
     (2, 2, {"sharding_strategy": "SHARD_GRAD_OP"}),
     (2, 2, {"sharding_strategy": "NO_SHARD"}),
+    (2, 2, {"sharding_strategy": "FULL_SHARD", "cpu_offload": True}),
     (1, 4, {"sharding_strategy": "HYBRID_SHARD"}),
     (4, 1, {"sharding_strategy": "HYBRID_SHARD", "num_replicate": 2}),
 ]

@@ -59,14 +59,14 @@ def starting_value(name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=generator) * 0.3
 
 
-def build(args: Args, *, sharded: bool = True) -> TrainState:
+def build(args: Args, *, sharded: bool = True, device: str = "cpu") -> TrainState:
     with torch.device("meta"):
         model = Toy()
     model.vit_pos_embed.requires_grad_(False)
     freeze(model, args.params)
     if sharded:
-        shard_model(model, UNITS, build_mesh(args.fsdp, world_size(), "cpu"), args.fsdp)
-    materialise(model, torch.device("cpu"), starting_value)
+        shard_model(model, UNITS, build_mesh(args.fsdp, world_size(), torch.device(device).type), args.fsdp)
+    materialise(model, args.fsdp.home(device), starting_value)
     optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
     return TrainState.create(
         model, optimizer, Ema(model, args.optim.ema, warmup=args.optim.ema_warmup), LANES

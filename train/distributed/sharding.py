@@ -8,12 +8,19 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +64,8 @@ def shard_model(
     flat = (
         mesh["shard"] if mesh["replicate"].size() == 1 else mesh
     )  # a replica group of one would only cost a collective
+    # Host memory can be pinned only where there is a GPU.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if args.cpu_offload else OffloadPolicy()
     claimed: set[int] = set()
     chosen = []
     for unit in sorted(units, key=lambda u: -u.fqn.count(".")):
@@ -66,10 +75,12 @@ def shard_model(
             continue
         claimed.update(id(p) for p in own)
         reshard = unit.reshard and not keep
-        fully_shard(module, mesh=flat, reshard_after_forward=reshard, mp_policy=_policy(args, root=False))
+        inner = _policy(args, root=False)
+        fully_shard(module, mesh=flat, reshard_after_forward=reshard, mp_policy=inner, offload_policy=offload)
         _guard_outputs(module, unit.fqn)
         chosen.append(unit.fqn)
-    fully_shard(model, mesh=flat, reshard_after_forward=False, mp_policy=_policy(args, root=True))
+    outer = _policy(args, root=True)
+    fully_shard(model, mesh=flat, reshard_after_forward=False, mp_policy=outer, offload_policy=offload)
     _guard_outputs(model, "the model")
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -79,8 +90,8 @@ def shard_model(
     return tuple(chosen)
 
 
-def materialise(model: nn.Module, device: torch.device, value: FillValue) -> None:
-    """Give the parameters of a meta-device model memory and values.
+def materialise(model: nn.Module, device: torch.device | str, value: FillValue) -> None:
+    """Give the parameters of a meta-device model memory, on `device` (`FsdpArgs.home`), and values.
 
     Every rank makes each full value in turn and keeps its own piece, so no rank ever holds the whole model and nothing is sent.
 
@@ -120,8 +131,11 @@ def write_full(target: Tensor, full: Tensor) -> None:
 
 @torch.no_grad()
 def full_tensor(x: Tensor) -> Tensor:
-    """The whole of a tensor, on its device; every rank must call."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """The whole of a tensor, on the device of the mesh; every rank must call."""
+    if not isinstance(x, DTensor):
+        return x
+    # With `--cpu_offload` the pieces lie elsewhere than the mesh's ranks talk.
+    return cast(DTensor, x.to(x.device_mesh.device_type)).full_tensor()
 
 
 def local(x: Tensor) -> Tensor:
@@ -153,9 +167,11 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     square = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square().sum()
     first = grads[0]
     if isinstance(first, DTensor):
-        # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice.
+        # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice. Its group may know only the
+        # mesh's device, where gradients do not lie with `--cpu_offload`.
+        square = square.to(first.device_mesh.device_type)
         dist.all_reduce(square, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
-    norm = square.sqrt()
+    norm = square.sqrt().to(pieces[0].device)
     if max_norm > 0:
         torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

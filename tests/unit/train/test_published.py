@@ -78,6 +78,7 @@ VALUES = {
     "wandb_offline": "True",
     "prefer_buffer_before": "1",
     "use_flex": "True",
+    "cpu_offload": "True",
     "num_replicate": "2",
     "num_shard": "4",
 }
