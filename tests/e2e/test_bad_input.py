@@ -118,6 +118,13 @@ def damaged_autoencoder(quickstart: Quickstart, folder: Path) -> dict[str, objec
     return {"model_path": folder / "model"}
 
 
+def missing_head(quickstart: Quickstart, folder: Path) -> dict[str, object]:
+    shutil.copytree(quickstart.model, folder / "model")
+    file = folder / "model" / "bagel_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "heads": {"mask": {"channels": 8}}}))
+    return {"model_path": folder / "model", "dataset_config_file": quickstart.mixture}
+
+
 def lanes_and_ranks(_: Quickstart, folder: Path) -> dict[str, object]:
     return {"num_lanes": 3}
 
@@ -141,6 +148,9 @@ ENDS: dict[Prepare, str] = {
     flag_typo: r"unknown argument --expected_num_tokns=500; did you mean --expected_num_tokens\?",
     contradicting_budgets: r"--expected_num_tokens 800 is more than --max_num_tokens 700; a pack could never be full",
     no_weights: r".*/base/model\.safetensors: no weights here; train or export a model first, or ask for --from_scratch True",
+    missing_head: r"group 'refer': ReferDataset asks for what the model has no head for: box \({folder}/model/bagel_config\.json "
+    r"names its heads: mask\); take the group out of the mixture, set its box_templates: \[\], "
+    r"or start from a model that has them",
     damaged_autoencoder: r"{folder}/model/ae\.safetensors: cannot be read as safetensors \(.*\); copy it here again",
     lanes_and_ranks: r"3 lanes cannot be dealt to 2 ranks evenly; usable world sizes are 1, 3 "
     r"\(or set --num_lanes for a new run\)",
