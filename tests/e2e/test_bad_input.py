@@ -126,7 +126,7 @@ def missing_head(quickstart: Quickstart, folder: Path) -> dict[str, object]:
 
 
 def lanes_and_ranks(_: Quickstart, folder: Path) -> dict[str, object]:
-    return {"num_lanes": 3}
+    return {"num_lanes": 1}
 
 
 def too_many_bad_records(_: Quickstart, folder: Path) -> dict[str, object]:
@@ -152,8 +152,7 @@ ENDS: dict[Prepare, str] = {
     r"names its heads: mask\); take the group out of the mixture, set its box_templates: \[\], "
     r"or start from a model that has them",
     damaged_autoencoder: r"{folder}/model/ae\.safetensors: cannot be read as safetensors \(.*\); copy it here again",
-    lanes_and_ranks: r"3 lanes cannot be dealt to 2 ranks evenly; usable world sizes are 1, 3 "
-    r"\(or set --num_lanes for a new run\)",
+    lanes_and_ranks: r"1 lanes cannot be dealt to 2 ranks: each needs one; start a new run with a larger --num_lanes",
     too_many_bad_records: r"group 'text_only': 1 records? could not be used, the limit is 0; "
     r"first: {folder}/text\.jsonl:2: not valid JSON \(.*, column 23\); correct or remove the line; "
     r"repair or remove them, or raise --max_reject_fraction",
