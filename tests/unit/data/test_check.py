@@ -50,6 +50,8 @@ def quickstart(tmp_path_factory) -> Path:
     make_quickstart_model.make(root / "data", root / "model", max_merges=100)
     text = (ROOT / "configs/quickstart.yaml").read_text()
     text = re.sub(r"\$\{WEFT_DATA:[^}]*\}", "data", text)
+    # Conditions may be left out, so that the page has to show it.
+    text = re.sub(r"( +type: edit_jsonl\n)", r"\1  drop_condition: true\n", text)
     (root / "mixture.yaml").write_text(text)
     (root / "val.yaml").write_text(text.replace("_train", "_val"))
     return root
@@ -87,9 +89,9 @@ def test_the_quickstart_is_clean(clean_report):
         "vqa": 36, "refer": 36, "t2i": 36, "edit": 36, "text": 12,
     }  # fmt: skip
     assert all(g["looked_at"] == g["usable"] == g["records"] for g in groups.values())
-    # 8x8 ViT patches and two markers; four noised copies of 4x4 latent tokens and their markers; one clean one.
+    # 8x8 ViT patches and two markers; six or four noised copies of 4x4 latent tokens and their markers; one clean one.
     assert groups["vqa"]["tokens"]["und"] == {"mean": 66, "median": 66, "p95": 66, "max": 66}
-    assert groups["edit"]["tokens"]["gen"]["max"] == 4 * 18 and groups["edit"]["tokens"]["cond"]["max"] == 18
+    assert groups["edit"]["tokens"]["gen"]["max"] == 6 * 18 and groups["edit"]["tokens"]["cond"]["max"] == 18
     assert groups["t2i"]["tokens"]["loss"]["max"] == 4 * 16
     for group in groups.values():
         parts = (group["tokens"][kind]["mean"] for kind in ("text", "und", "cond", "gen"))
@@ -432,8 +434,8 @@ def test_the_page_shows_samples_as_the_model_gets_them(quickstart, clean_report)
     sections = re.split(r'<section id="', text)
     edit = next(s for s in sections if s.startswith("group-edit"))
     assert edit.count("to the VAE, clean: condition") == edit.count("to the VAE, noised: target") == 4
-    assert edit.count("left out this time") >= 4 and "4 times, t = " in edit
-    assert '<td>max</td><td class="n">175</td>' in edit  # tokens
+    assert edit.count("left out this time") >= 4 and "6 times, t = " in edit
+    assert re.search(r'<td>max</td><td class="n">2\d\d</td>', edit)  # tokens
     refer = next(s for s in sections if s.startswith("group-refer"))
     assert 'class="given">Where is ' in refer and 'class="learnt"><span class="anchor"' in refer
     assert refer.count("<rect") == 2 * refer.count(">box: ")  # each box is two lines, one over the other
@@ -523,7 +525,7 @@ def test_limits_come_from_the_run_file_of_the_trainer(quickstart, tmp_path, caps
     few = ["--samples", "5", "--num_workers", "0"]
     assert main([*flags, *few]) == 1
     said = capsys.readouterr().out
-    assert "of 3,200 tokens full" in said and "175 tokens, the limit is 150" in said
+    assert "of 3,200 tokens full" in said and re.search(r"edit_train\.jsonl:\d+ +2\d\d tokens, the limit is 150", said)
     assert main([*flags, *few, "--max_num_tokens_per_sample", "1000"]) == 0  # the command line wins
 
 

@@ -16,8 +16,9 @@ def tickets(sizes: list[tuple[int, int]]) -> list[Ticket]:
 
 
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
-@given(sizes=SIZES, room=st.integers(0, 150), enough=st.integers(0, 150), average=st.floats(0, 20))
+@given(sizes=SIZES, room=st.integers(0, 150), enough=st.integers(0, 150), average=st.integers(0, 200))
 def test_the_choice_is_as_full_as_any_or_full_enough(sizes, room, enough, average):
+    average /= 10  # no strategy of floats: a library of another test may have switched the smallest ones off
     samples = tickets(sizes)
     chosen = choose_subset(
         samples, room=room, enough=enough, wanted_pairs=average * room, pairs_per_token=average
