@@ -467,12 +467,12 @@ def test_leaks_between_train_and_validation_are_named(quickstart, tmp_path):
     assert ("leaked_text", "text", "text_train.jsonl:5", f"text_val.jsonl:{added}") in leaked
 
 
-def test_a_tiny_group_is_a_fault_unless_accepted(quickstart, clean_report):
+def test_a_tiny_group_is_a_fault_unless_accepted(quickstart):
     code, report = quietly(quickstart, "--num_lanes", "20", "--packs_per_step", "2")
     assert code == 1 and [f["kind"] for f in report["faults"] if f["severity"] == "warning"] == ["tiny_group"]
-    assert report["packs"]["steps_per_epoch"] == pytest.approx(
-        clean_report[1]["packs"]["steps_per_epoch"] / 2, rel=0.1
-    )
+    # Of the same lanes: which samples they draw decides how many fit.
+    single = quietly(quickstart, "--num_lanes", "20", "--packs_per_step", "1")[1]["packs"]
+    assert report["packs"]["steps_per_epoch"] == pytest.approx(single["steps_per_epoch"] / 2, rel=0.02)
 
 
 def test_some_records_stand_for_all(quickstart, capsys):
@@ -525,7 +525,9 @@ def test_limits_come_from_the_run_file_of_the_trainer(quickstart, tmp_path, caps
     few = ["--samples", "5", "--num_workers", "0"]
     assert main([*flags, *few]) == 1
     said = capsys.readouterr().out
-    assert "of 3,200 tokens full" in said and re.search(r"edit_train\.jsonl:\d+ +2\d\d tokens, the limit is 150", said)
+    assert "of 3,200 tokens full" in said and re.search(
+        r"edit_train\.jsonl:\d+ +2\d\d tokens, the limit is 150", said
+    )
     assert main([*flags, *few, "--max_num_tokens_per_sample", "1000"]) == 0  # the command line wins
 
 
