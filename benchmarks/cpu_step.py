@@ -35,7 +35,7 @@ from modeling.qwen2 import mot
 from modeling.source import read_source
 from scripts.data import make_quickstart, make_quickstart_model
 from train import main_autoencoder
-from train.config import LossArgs
+from train.args import LossArgs
 from train.objective import Objective
 
 PACKS = 24

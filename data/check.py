@@ -34,7 +34,7 @@ TRAINER_LIMITS = {
     "vit_cond_dropout_prob": 0.3,
     "vae_cond_dropout_prob": 0.3,
 }
-"""Defaults of the trainer's flags; `tests/unit/data/test_check.py` holds them against `train/config.py`."""
+"""Defaults of the trainer's flags; `tests/unit/data/test_check.py` holds them against `train/args/data.py`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.config import CheckpointArgs
+from train.args import CheckpointArgs
 from train.distributed.collectives import barrier, gather_objects, on_main, rank, world_size
 from train.distributed.dcp import load_tensors, save_tensors, stored_shapes
 from train.files import describe_file, discard, sync_directory, write_json

@@ -23,8 +23,8 @@ from data.ledger import (
 from data.sources import SourceLost
 from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
+from train.args import Args
 from train.checkpoint import Checkpoints
-from train.config import Args
 from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import World
 from train.distributed.sharding import clip_grad_norm, sync_gradients

@@ -33,8 +33,9 @@ from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
 from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
+from train.args import Args
 from train.checkpoint import Checkpoints, Start
-from train.config import Args, parse_args
+from train.config import parse_args
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
 from train.distributed.sharding import materialise, shard_model

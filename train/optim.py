@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from train.config import OptimArgs
+from train.args import OptimArgs
 
 
 def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> torch.optim.AdamW:

@@ -1,7 +1,7 @@
 """Which parameters belong together, which of them are trained, and at what rate.
 
-A row of `PARAM_GROUPS` is all a new group needs, besides its `--freeze_x` and `--x_lr` in `train/config.py`. Call `freeze` before
-sharding, `optimizer_groups` after it; both go by parameter names, which sharding leaves as they are.
+A row of `PARAM_GROUPS` is all a new group needs, besides its `--freeze_x` and `--x_lr` in `train/args/params.py`. Call `freeze`
+before sharding, `optimizer_groups` after it; both go by parameter names, which sharding leaves as they are.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.config import ParamArgs
+from train.args import ParamArgs
 from train.distributed.sharding import local
 
 

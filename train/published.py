@@ -2,7 +2,7 @@
 
 A flag is *implemented* (it has its published meaning), there *by design* (nothing here depends on it; another value than `plain`
 is answered with a line that says what is done instead), or *not built* (a value that would switch the feature on is refused).
-Types, help and our defaults stand in `train/config.py`. docs/launch_lines.md is the same for people.
+Types, help and our defaults stand in `train/args/`. docs/launch_lines.md is the same for people.
 
 Source: the published trainers' argument tables (upstream Bagel 056b5fd, UniMedVL 307c62e, MedQ-Uni ddf03d5).
 """

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from modeling.optional import require
-from train.config import TrainArgs
+from train.args import TrainArgs
 from train.files import reopen_log
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from modeling.source import FLAGS, ModelSource, read_source
-from train.config import ModelArgs
+from train.args import ModelArgs
 
 
 def model_source(args: ModelArgs) -> ModelSource:

@@ -27,8 +27,8 @@ from modeling.huggingface import EMBEDDINGS
 from modeling.source import TABLES, ModelSource, read_source
 from modeling.tensor_file import Entry, plan_files
 from modeling.weights import Weights, find_weights, open_weights
+from train.args import ModelArgs
 from train.checkpoint import ARGS, TENSORS, complete_steps, require_intact
-from train.config import ModelArgs
 from train.distributed.dcp import StoredTensors
 from train.export import (
     ModelDirectory,

@@ -13,8 +13,8 @@ from data.types import Amount, LaneCursor
 from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import LANES, build, rows, toy_args
+from train.args import CheckpointArgs
 from train.checkpoint import Checkpoints, Start
-from train.config import CheckpointArgs
 from train.distributed.collectives import rank, world_size
 from train.distributed.sharding import clip_grad_norm
 from train.optim import set_learning_rates

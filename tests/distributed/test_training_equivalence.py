@@ -27,7 +27,8 @@ from tests.unit.modeling.tiny import (
     tiny_config,
     tiny_model,
 )
-from train.config import Args, build_args
+from train.args import Args
+from train.config import build_args
 from train.distributed.collectives import rank, world_size
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from modeling.bagel.shard_plan import ShardUnit
 from modeling.types import HeadOutput
-from train.config import Args, FsdpArgs, build_args
+from train.args import Args, FsdpArgs
+from train.config import build_args
 from train.distributed.collectives import world_size
 from train.distributed.mesh import build_mesh
 from train.distributed.sharding import materialise, shard_model

@@ -25,7 +25,7 @@ from modeling.heads import HEADS
 from modeling.losses import LOSSES
 from modeling.types import FeatureGrids, LossTerm
 from tests.unit.modeling.tiny import SPEC, SPECIAL, every_sample, made_up_latents, text_sample, tiny_model
-from train.config import LossArgs, ParamArgs
+from train.args import LossArgs, ParamArgs
 from train.metrics import METRICS
 from train.metrics.base import SummedMetric
 from train.objective import Objective

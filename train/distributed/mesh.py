@@ -2,7 +2,7 @@
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from train.config import FsdpArgs
+from train.args import FsdpArgs
 
 
 def mesh_shape(args: FsdpArgs, world_size: int) -> tuple[int, int]:

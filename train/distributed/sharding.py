@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.shard_plan import ShardUnit
 from modeling.types import FeatureGrids, HeadOutput, ModelOutput
-from train.config import FsdpArgs
+from train.args import FsdpArgs
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.parity.comparison import Comparison
-from train.config import OptimArgs
+from train.args import OptimArgs
 from train.ema import Ema
 from train.optim import lr_factor
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.parity.comparison import Comparison
 from tests.parity.kinds.models import build_model, flow_of, pack_of
-from train.config import OptimArgs
+from train.args import OptimArgs
 from train.ema import Ema
 from train.objective import Divisor, Objective, divisors
 from train.optim import build_optimizer, set_learning_rates

@@ -32,7 +32,7 @@ from data.stream import LaneStream
 from data.types import LaneCursor
 from scripts.data import make_quickstart, make_quickstart_model
 from tests.unit.html_page import Page
-from train.config import DataArgs
+from train.args import DataArgs
 
 ROOT = Path(__file__).parents[3]
 LIMITS = ["--expected_num_tokens", "2900", "--max_num_tokens", "3200", "--max_num_tokens_per_sample", "1000"]

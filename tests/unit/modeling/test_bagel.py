@@ -25,7 +25,7 @@ from tests.unit.modeling.tiny import (
     tiny_config,
     tiny_model,
 )
-from train.config import ParamArgs
+from train.args import ParamArgs
 from train.objective import Objective
 from train.param_manager import freeze, group_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import ParamArgs
+from train.args import ParamArgs
 from train.param_manager import PARAM_GROUPS, describe, freeze, frozen_stay, group_of, optimizer_groups
 
 NAMES = {

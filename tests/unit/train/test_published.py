@@ -9,7 +9,10 @@ import pytest
 from data.policy import POLICIES
 from modeling.ops.attention_backends import ATTENTION, usable_backend
 from tests.unit.train.test_config import DATA
-from train.config import FLAGS, Attention, FsdpArgs, Packer, parse_args
+from train.args import FsdpArgs
+from train.args.data import Packer
+from train.args.fsdp import Attention
+from train.config import FLAGS, parse_args
 from train.published import IMPLIED, PUBLISHED, TRAINERS, ZERO_STAGES, start_up_lines
 
 GOLDEN = Path(__file__).parents[2] / "golden"

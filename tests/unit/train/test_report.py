@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from train.config import TrainArgs
+from train.args import TrainArgs
 from train.report import Reporter, StepReport, duration, progress_line, wandb_starter, window_means
 
 

@@ -9,8 +9,9 @@ from modeling.bagel.bagel import Bagel
 from modeling.build import load_model
 from modeling.source import FLAGS
 from tests.unit.modeling.published import LLM, TABLES, VIT, write_autoencoder, write_json, write_tokenizer
+from train.args import GROUPS
 from train.config import FLAGS as EVERY_FLAG
-from train.config import GROUPS, build_args
+from train.config import build_args
 from train.ema import Ema
 from train.export import export_model
 from train.source import model_source

@@ -1,0 +1,38 @@
+"""Losses and their weights."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.args.flag import flag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossArgs:
+    """Losses. Each is divided by its own count over all ranks."""
+
+    ce_weight: float = flag(1.0, "Weight of the text's cross-entropy.", low=0)
+    mse_weight: float = flag(1.0, "Weight of the flow's squared error.", low=0)
+    box_l1_weight: float = flag(1.0, "Weight of the boxes' L1 distance.", low=0)
+    box_giou_weight: float = flag(1.0, "Weight of the boxes' 1 - GIoU.", low=0)
+    mask_bce_weight: float = flag(1.0, "Weight of the masks' binary cross-entropy.", low=0)
+    mask_dice_weight: float = flag(1.0, "Weight of the masks' Dice loss.", low=0)
+    loss_divisor: Literal["step", "micro_batch"] = flag(
+        "step",
+        "`step`: each loss is divided by its count over all ranks and micro-batches of a step; `micro_batch`, as published: each "
+        "micro-batch by its own count over all ranks, and they are averaged.",
+    )
+    ce_loss_reweighting: bool = flag(
+        False, "Weigh the tokens of a text by 1/sqrt(its length), not all the same."
+    )
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each row of `modeling.losses.LOSSES` that is used."""
+        ce = "ce_reweighted" if self.ce_loss_reweighting else "ce"
+        return {
+            ce: self.ce_weight,
+            "mse": self.mse_weight,
+            "box_l1": self.box_l1_weight,
+            "box_giou": self.box_giou_weight,
+            "mask_bce": self.mask_bce_weight,
+            "mask_dice": self.mask_dice_weight,
+        }

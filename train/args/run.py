@@ -1,0 +1,28 @@
+"""The loop and what it shows."""
+
+from dataclasses import dataclass
+
+from train.args.flag import flag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainArgs:
+    """The loop."""
+
+    global_seed: int = flag(4396, "Seed of random starting weights and of torch's generators.", low=0)
+    gradient_accumulation_steps: int = flag(1, "Packs per rank and optimizer step.", low=1)
+    log_every: int = flag(10, "Steps between progress lines.", low=1)
+    enable_tensorboard: bool = flag(True, "Write TensorBoard files to `tensorboard` in --results_dir.")
+    enable_wandb: bool = flag(False, "Send what TensorBoard gets to Weights & Biases, too.")
+    wandb_project: str = flag("bagel", "Project there.")
+    wandb_name: str = flag("run", "Name of the run there.")
+    wandb_runid: str = flag("0", "Tells runs of one name apart: the run's id there is NAME-runRUNID.")
+    wandb_resume: str = flag("allow", "Whether a run of that id is continued: allow, must, never, auto.")
+    wandb_offline: bool = flag(False, "Write the run to disk instead of sending it.")
+    peak_device_tflops: float = flag(
+        0.0,
+        "What one device can do in bf16, in TFLOP/s, for the MFU in log lines; 0: as known for the device's name, else no MFU.",
+        low=0,
+    )
+    dist_timeout_s: float = flag(600.0, "Seconds a rank waits for the others before it gives up.", low=1)
+    validate_only: bool = flag(False, "Check flags, mixture, data and model, then stop without training.")
