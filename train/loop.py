@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,9 +25,11 @@ from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
 from train.args import Args
 from train.checkpoint import Checkpoints
+from train.clock import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, Clock
 from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import World
 from train.distributed.sharding import clip_grad_norm, sync_gradients
+from train.hooks import Hook
 from train.objective import Objective, divisors
 from train.optim import set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
@@ -49,6 +51,8 @@ class Run:
         group_sizes: records per group of the mixture, for the limit on rejects.
         flops: operations that training on a pack needs.
         peak_tflops: what one device can do; 0 if that is not known.
+        clock: where the time of a step goes.
+        hooks: what is done beside training (train/hooks.py).
     """
 
     args: Args
@@ -59,6 +63,8 @@ class Run:
     group_sizes: Mapping[str, int]
     flops: Callable[[PackedBatch], float]
     peak_tflops: float
+    clock: Clock = field(default_factory=Clock)
+    hooks: Sequence[Hook] = ()
 
 
 def train(
@@ -72,6 +78,8 @@ def train(
     """
     total, every, first = run.args.optim.total_steps, run.args.checkpoint.save_every, state.step
     while state.step < total:
+        for hook in run.hooks:
+            hook.before_step(state)
         try:
             report = training_step(run, state, batches)
         except SourceLost:
@@ -84,6 +92,8 @@ def train(
                 checkpoints.save(state)
             break
         reporter.step(report)
+        for hook in run.hooks:
+            hook.after_step(state, report)
         if state.step % run.args.train.log_every == 0 or state.step == total:
             ledger = check_accounts(run, state)
             reporter.note(format_accounts(ledger))
@@ -106,7 +116,8 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     """
     started = time.perf_counter()
     accumulation = run.args.train.gradient_accumulation_steps
-    packs, lost = _next_packs(batches, accumulation)
+    with run.clock.phase(DATA):
+        packs, lost = _next_packs(batches, accumulation)
     trained = [count_trained(p) for p in packs]
     packs = [p.to(run.world.device) for p in packs]
     # Counted before any backward: each loss is divided once, by what the whole step has of it.
@@ -120,7 +131,8 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         sum(not p.is_filler for p in packs),
         lost is not None,
     ]
-    everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
+    with run.clock.phase(COMMUNICATION):
+        everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
     per_pack = everywhere[: own.numel()].view_as(own)
     tokens, samples, rejects, flops, num_packs, num_lost = everywhere[own.numel() :].tolist()
     if num_lost:
@@ -134,12 +146,16 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     for i, pack in enumerate(packs):
         sync_gradients(state.model, on=i == accumulation - 1)
         totals += _forward_backward(run, state, pack, divisor[i])
-    norm = clip_grad_norm(trained_parameters(state.optimizer), run.args.optim.max_grad_norm)
+    for hook in run.hooks:
+        hook.before_update(state)
+    with run.clock.phase(OPTIMIZER):
+        norm = clip_grad_norm(trained_parameters(state.optimizer), run.args.optim.max_grad_norm)
     totals = _require_finite(run, state, packs, totals, norm)
-    lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.step)
+    with run.clock.phase(OPTIMIZER):
+        lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.step)
 
     state.step += 1
     state.packs_consumed += int(num_packs)
@@ -166,6 +182,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         flops=flops,
         peak_tflops=run.peak_tflops * run.world.size,
         memory_mib=_memory(run.world.device),
+        phases=run.clock.read(),
     )
 
 
@@ -193,10 +210,13 @@ def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
 
 def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, divisor: Tensor) -> Tensor:
     """Add one pack's gradient; returns its summed losses, `k` float64 on the CPU."""
-    flow = run.encoder(pack)
-    output = state.model(pack, flow.noised)
-    terms = run.objective.terms(output, pack, flow)
-    run.objective.scalar(terms, divisor).backward()
+    with run.clock.phase(FORWARD):
+        flow = run.encoder(pack)
+        output = state.model(pack, flow.noised)
+        terms = run.objective.terms(output, pack, flow)
+        loss = run.objective.scalar(terms, divisor)
+    with run.clock.phase(BACKWARD):
+        loss.backward()
     return torch.stack([t.total.detach() for t in terms]).double().cpu()
 
 
@@ -204,7 +224,8 @@ def _require_finite(
     run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor
 ) -> Tensor:
     """The totals summed over ranks, if they and the gradient's norm are finite; nothing is updated otherwise."""
-    everywhere = all_sum(totals)
+    with run.clock.phase(COMMUNICATION):
+        everywhere = all_sum(totals)
     if everywhere.isfinite().all() and norm.isfinite().all():
         return everywhere
     bad = [

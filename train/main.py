@@ -35,6 +35,7 @@ from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
 from train.args import Args
 from train.checkpoint import Checkpoints, Start
+from train.clock import Clock
 from train.config import parse_args
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             group_sizes={g.name: len(g.source) for g in groups},
             flops=functools.partial(step_flops, model.config, vit_trained=not args.params.freeze_vit),
             peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
+            clock=Clock(world.device),
         )
         batches = open_loader(args, plan, world, state)
         with (

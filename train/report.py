@@ -43,6 +43,7 @@ class StepReport:
         flops: operations that the step needs.
         peak_tflops: what all devices together can do; 0 if that is not known.
         memory_mib: highest on this rank's accelerator: `mem_allocated`, `mem_cache`.
+        phases: seconds of rank 0's step by phase (train/clock.py).
     """
 
     step: int
@@ -57,6 +58,7 @@ class StepReport:
     flops: float = 0.0
     peak_tflops: float = 0.0
     memory_mib: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def top_lr(self) -> float:

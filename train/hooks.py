@@ -1,0 +1,24 @@
+"""What a run does beside training: validating, looking at gradients, profiling. The loop calls every hook and knows none.
+
+A hook is an object made in `train/main.py` and put into `Run.hooks`. All of its methods are called on every rank, in the order of
+the row, so a hook may use collectives as long as every rank does.
+"""
+
+from train.report import StepReport
+from train.state import TrainState
+
+
+class Hook:
+    """Does nothing; a hook overrides what it needs."""
+
+    def before_step(self, state: TrainState) -> None:
+        """A step is about to begin; `state.step` updates are done."""
+
+    def before_update(self, state: TrainState) -> None:
+        """The step's whole gradient is there, summed over ranks, neither clipped nor looked at."""
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """A step is done and reported, and not yet saved."""
+
+    def close(self) -> None:
+        """The run ends, well or badly."""
