@@ -61,16 +61,25 @@ class Attention(Routed):
         heads = self.route(norm, heads) if norm and self.qk_norm else heads
         return Rows(heads.und.detach(), heads.gen) if self.freeze_und else heads
 
-    def forward(self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor, attend: Attend) -> Rows:
+    def project(
+        self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows -> q `s h e`, k and v `s g e` in packed order, q and k rotated."""
         q = rotate(routing.pack(self._project("q_proj", "q_norm", rows)), cos, sin)
         k = rotate(routing.pack(self._project("k_proj", "k_norm", rows)), cos, sin)
         v = routing.pack(self._project("v_proj", "", rows))
-        out = attend(self.layer, q, k.to(q.dtype), v).flatten(1)
-        return self.route("o_proj", routing.split(out))
+        return q, k.to(q.dtype), v
+
+    def combine(self, attended: Tensor, routing: Routing) -> Rows:
+        """Attention's result `s h e` -> rows."""
+        return self.route("o_proj", routing.split(attended.flatten(1)))
 
 
 class DecoderLayer(Routed):
-    """Pre-norm block: attention, then MLP, each added to the stream."""
+    """Pre-norm block: attention, then MLP, each added to the stream.
+
+    What stands before and after attention are methods of their own: tensors in, tensors out, whatever the pack looks like.
+    """
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
@@ -84,7 +93,18 @@ class DecoderLayer(Routed):
         )
 
     def forward(self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor, attend: Attend) -> Rows:
-        rows += self._keep(self.self_attn(self.route("input_layernorm", rows), routing, cos, sin, attend))
+        q, k, v = self.before_attention(rows, routing, cos, sin)
+        return self.after_attention(rows, attend(self.self_attn.layer, q, k, v), routing)
+
+    def before_attention(
+        self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream -> what `attend` takes."""
+        return self.self_attn.project(self.route("input_layernorm", rows), routing, cos, sin)
+
+    def after_attention(self, rows: Rows, attended: Tensor, routing: Routing) -> Rows:
+        """The stream and what `attend` gave -> the stream after this layer."""
+        rows += self._keep(self.self_attn.combine(attended, routing))
         return rows + self._keep(self.route("mlp", self.route("post_attention_layernorm", rows)))
 
     def _keep(self, rows: Rows) -> Rows:

@@ -47,13 +47,18 @@ class SiglipAttention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, rotation: Rotation | None) -> Tensor:
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`v d` -> q, k, v `v h e`, q and k rotated."""
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotation is not None:
             q, k = _rotate_2d(q, rotation), _rotate_2d(k, rotation)
-        return self.out_proj(packed_attention(q, k, v, plan).flatten(1))
+        return q, k, v
+
+    def combine(self, attended: Tensor) -> Tensor:
+        """Attention's result `v h e` -> `v d`."""
+        return self.out_proj(attended.flatten(1))
 
 
 class SiglipMLP(nn.Module):
@@ -69,7 +74,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block; what stands before and after attention are methods of their own, tensors in and tensors out."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
@@ -79,7 +84,16 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, plan: AttentionPlan, rotation: Rotation | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), plan, rotation)
+        q, k, v = self.before_attention(x, rotation)
+        return self.after_attention(x, packed_attention(q, k, v, plan))
+
+    def before_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream -> q, k, v."""
+        return self.self_attn.project(self.layer_norm1(x), rotation)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The stream and attention's result -> the stream after this layer."""
+        x = x + self.self_attn.combine(attended)
         return x + self.mlp(self.layer_norm2(x))
 
 
