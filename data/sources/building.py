@@ -20,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.sources.record import brief
+from data.sources.storage import START_RETRY_AFTER_S, asked_again, is_remote, may_pass
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Arrays = Mapping[str, np.ndarray]
@@ -53,10 +56,17 @@ def build_file(build: Builder, path: str, tick: Tick) -> Arrays:
             last = time.monotonic()
             tick(done)
 
+    pauses = START_RETRY_AFTER_S if is_remote(path) else ()
     try:
-        arrays = build(path, now_and_then)
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({type(e).__name__}: {e})") from e
+        arrays = asked_again(lambda: build(path, now_and_then), path, pauses, may_pass)
+    except ValueError:
+        raise
+    except ImportError as e:  # a package for the format or the store
+        raise ValueError(str(e)) from e
+    except Exception as e:
+        if isinstance(e, OSError) or is_remote(path):  # every remote file system raises its own errors
+            raise ValueError(f"{path}: cannot be read ({brief(e)})") from e
+        raise
     return {name: np.ascontiguousarray(a) for name, a in arrays.items()}
 
 

@@ -29,7 +29,15 @@ import numpy as np
 
 from data.sources.building import Arrays, Builder, build_file, build_in_processes, builder_name
 from data.sources.record import SourceLost, brief
-from data.sources.storage import INDEX_SUFFIX, FileStamp, is_remote, take_stamp
+from data.sources.storage import (
+    INDEX_SUFFIX,
+    START_RETRY_AFTER_S,
+    FileStamp,
+    asked_again,
+    is_remote,
+    may_pass,
+    take_stamp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +141,11 @@ def open_index(build: Builder, files: Sequence[str], cache_dir: str | Path | Non
 
 def _take_stamps(files: Sequence[str]) -> list[FileStamp]:
     def stamp(path: str) -> FileStamp:
+        pauses = START_RETRY_AFTER_S if is_remote(path) else ()
         try:
-            return take_stamp(path)
+            return asked_again(lambda: take_stamp(path), path, pauses, may_pass)
+        except SourceLost:
+            raise
         except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
             raise ValueError(f"{path}: cannot be read ({brief(e)})") from e
 

@@ -19,7 +19,7 @@ import numpy as np
 from data.sources.building import Arrays, Tick
 from data.sources.indexed import IndexedSource
 from data.sources.record import Record, SkipSample, SourceLost, brief, parse_json
-from data.sources.storage import Files, FileStamp, expand, open_stream
+from data.sources.storage import Files, FileStamp, expand, is_remote, open_stream
 from modeling.optional import require
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def index_row_groups(path: str, tick: Tick) -> Arrays:
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
             rows, sizes = [g.num_rows for g in groups], [g.total_byte_size for g in groups]
     except (arrow.ArrowException, OSError, ValueError) as e:
+        if is_remote(path) and isinstance(e, OSError):
+            raise  # perhaps the store's: it is asked again
         raise ValueError(f"{path}: not a readable Parquet file ({brief(e)}); write it again") from e
     return {
         "end": np.cumsum(rows, dtype=np.int64),

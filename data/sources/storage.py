@@ -14,9 +14,10 @@ import posixpath
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,6 +30,9 @@ Result = TypeVar("Result")
 
 RETRY_AFTER_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Pauses before a source's file is tried again."""
+
+START_RETRY_AFTER_S = RETRY_AFTER_S[:4]
+"""The same before a run, where somebody waits: stores refuse some requests when a thousand ranks start at once."""
 
 MAX_FILE_BYTES = 1 << 28
 """A picture's file is not larger than this."""
@@ -80,11 +84,8 @@ def take_stamp(path: str) -> FileStamp:
         OSError: if it cannot be read.
     """
     if is_remote(path):
-        fs, inner = _remote(path)
-        info = fs.info(inner)
-        version = {key: str(info[key]) for key in REMOTE_VERSION_KEYS if key in info}
-        size = int(info["size"])
-        return FileStamp(path, size, str(version), _hash(fs.cat_file(inner, start=0, end=HEAD_BYTES)))
+        size, version = _remote_version(path)
+        return FileStamp(path, size, version, _hash(_remote_range(path, 0, HEAD_BYTES)))
     if os.path.isdir(path):
         files = sorted(
             (e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if e.is_file()
@@ -109,18 +110,21 @@ def expand(pattern: str | Path, key: str, suffix: str = "") -> list[str]:
     pattern = str(pattern)
     if brace := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         low, high = brace.groups()
+        if int(high) < int(low):
+            raise ValueError(f"{pattern}: the range ends before it begins; check '{key}' in dataset_info")
         names = (
             f"{pattern[: brace.start()]}{n:0{len(low)}d}{pattern[brace.end() :]}"
             for n in range(int(low), int(high) + 1)
         )
         return [_existing(name, key) for name in names]
-    if suffix and _is_folder(pattern):
+    if suffix and _is_folder(pattern, key):
         pattern = posixpath.join(pattern if is_remote(pattern) else glob.escape(pattern), f"*{suffix}")
     if not glob.has_magic(pattern):
         return [_existing(pattern, key)]
     if is_remote(pattern):
         fs, inner = _remote(pattern)
-        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(inner))
+        names = _at_start(lambda: fs.glob(inner), pattern, key)
+        found = sorted(fs.unstrip_protocol(name) for name in names)
     else:
         found = sorted(os.path.abspath(name) for name in glob.glob(pattern))
     found = [name for name in found if not name.endswith(INDEX_SUFFIX)]
@@ -130,24 +134,43 @@ def expand(pattern: str | Path, key: str, suffix: str = "") -> list[str]:
 
 
 def _existing(path: str, key: str) -> str:
-    if is_remote(path):
-        fs, inner = _remote(path)
-        try:
-            found = fs.isfile(inner)
-        except Exception as e:  # noqa: BLE001 - every file system raises its own errors
-            raise ValueError(f"{path}: cannot be reached ({brief(e)}); check '{key}' in dataset_info") from e
-    else:
-        found = os.path.isfile(path)
-    if not found:
+    if not _is_file(path, key):
         raise ValueError(f"{path}: no such file; check '{key}' in dataset_info")
     return path if is_remote(path) else os.path.abspath(path)
 
 
-def _is_folder(path: str) -> bool:
-    if is_remote(path):
-        fs, inner = _remote(path)
-        return fs.isdir(inner)
-    return os.path.isdir(path)
+def _is_file(path: str, key: str) -> bool:
+    if not is_remote(path):
+        return os.path.isfile(path)
+    fs, inner = _remote(path)
+    try:
+        # Not `isfile`: where a store answers with an error, that says that there is no file.
+        return _at_start(lambda: fs.info(inner), path, key)["type"] == "file"
+    except FileNotFoundError:
+        return False
+
+
+def _is_folder(path: str, key: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    fs, inner = _remote(path)
+    return _at_start(lambda: fs.isdir(inner), path, key)
+
+
+def _at_start(read: Callable[[], Result], path: str, key: str) -> Result:
+    """What a store says before a run.
+
+    Raises:
+        FileNotFoundError: if it has nothing of this name.
+        ValueError: if it goes on answering with errors.
+    """
+    try:
+        return asked_again(read, path, START_RETRY_AFTER_S, may_pass)
+    except Exception as e:
+        if is_absent(e):
+            raise
+        why = brief(e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e)
+        raise ValueError(f"{path}: cannot be reached ({why}); check '{key}' in dataset_info") from e
 
 
 def _remote(url: str) -> tuple[Any, str]:
@@ -157,6 +180,29 @@ def _remote(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as e:
         raise ValueError(f"{url}: fsspec cannot open it ({brief(e)})") from e
     return fs, inner
+
+
+def _remote_version(url: str) -> tuple[int, str]:
+    """Size, and what the store has for a modification time."""
+    fs, inner = _remote(url)
+    info = fs.info(inner)
+    return int(info["size"]), str({key: str(info[key]) for key in REMOTE_VERSION_KEYS if key in info})
+
+
+def _remote_range(url: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on, less at the end.
+
+    Raises:
+        SourceLost: if more came: some HTTP servers and proxies send the whole file, from its beginning, whatever is asked for.
+    """
+    fs, inner = _remote(url)
+    content = fs.cat_file(inner, start=offset, end=offset + size)
+    if len(content) > size:
+        raise SourceLost(
+            f"{url}: {len(content):,} bytes came where {size:,} were asked for: the server does not know ranges; serve the data "
+            "by one that does (it answers 206), or copy them to a disk"
+        )
+    return content
 
 
 def _hash(content: bytes) -> str:
@@ -194,9 +240,10 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[str, int] = {}
+        self._unchanged: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": {}}
+        return {"_open": {}, "_unchanged": set()}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -218,8 +265,10 @@ class Files:
 
     def _once(self, file: FileStamp, offset: int, size: int) -> bytes:
         if is_remote(file.path):
-            fs, inner = _remote(file.path)
-            return fs.cat_file(inner, start=offset, end=offset + size)
+            if file.path not in self._unchanged:
+                _require_unchanged(file, *_remote_version(file.path), partial(_remote_range, file.path))
+                self._unchanged.add(file.path)
+            return _remote_range(file.path, offset, size)
         if file.path not in self._open:
             if len(self._open) >= self.LIMIT:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -240,14 +289,28 @@ class Files:
 def _open_unchanged(file: FileStamp) -> int:
     descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     about = os.fstat(descriptor)
-    same = (about.st_size, str(about.st_mtime_ns)) == (file.size, file.modified)
-    if not same and (about.st_size, _hash(os.pread(descriptor, HEAD_BYTES, 0))) != (file.size, file.head):
+    try:
+        _require_unchanged(
+            file,
+            about.st_size,
+            str(about.st_mtime_ns),
+            lambda offset, size: os.pread(descriptor, size, offset),
+        )
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_unchanged(file: FileStamp, size: int, modified: str, read: Callable[[int, int], bytes]) -> None:
+    """Raise `SourceLost` if a file is not the one that was indexed; one of the same size and head with another date is."""
+    if (size, modified) == (file.size, file.modified):
+        return
+    if size != file.size or _hash(read(0, HEAD_BYTES)) != file.head:
         raise SourceLost(
-            f"{file.path}: changed since it was indexed ({file.size:,} bytes then, {about.st_size:,} now); "
+            f"{file.path}: changed since it was indexed ({file.size:,} bytes then, {size:,} now); "
             "restore it, or start the run again to index it anew"
         )
-    return descriptor
 
 
 def patiently(read: Callable[[], Result], what: str) -> Result:
@@ -256,21 +319,52 @@ def patiently(read: Callable[[], Result], what: str) -> Result:
     Raises:
         SourceLost: if it still fails.
     """
-    for pause in (*RETRY_AFTER_S, None):
+    try:
+        return asked_again(read, what, RETRY_AFTER_S, lambda error: True)
+    except (SourceLost, SkipSample):
+        raise
+    except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
+        tries, waited = len(RETRY_AFTER_S) + 1, sum(RETRY_AFTER_S)
+        raise SourceLost(
+            f"{what}: cannot be read any more, {tries} times within {waited:g} s ({brief(e)}); "
+            "restore it and start the run again with --auto_resume True"
+        ) from e
+
+
+def asked_again(
+    read: Callable[[], Result],
+    what: str,
+    pauses_s: Sequence[float],
+    may_pass: Callable[[Exception], bool],
+) -> Result:
+    """What `read` returns, tried again after each of the pauses while it fails with something that may pass; then its error."""
+    for pause in (*pauses_s, None):
         try:
             return read()
         except (SourceLost, SkipSample):
             raise
         except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
-            if pause is None:
-                tries, waited = len(RETRY_AFTER_S) + 1, sum(RETRY_AFTER_S)
-                raise SourceLost(
-                    f"{what}: cannot be read any more, {tries} times within {waited:g} s ({brief(e)}); "
-                    "restore it and start the run again with --auto_resume True"
-                ) from e
+            if pause is None or not may_pass(e):
+                raise
             logger.warning("%s: cannot be read (%s), trying again in %g s", what, brief(e), pause)
             time.sleep(pause)
     raise AssertionError("the last pause is None")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a store's error is none of the name that was asked for, and not our own."""
+    return not is_absent(error) and (
+        isinstance(error, FileNotFoundError) or not isinstance(error, (ValueError, ImportError))
+    )
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether a store says that it has nothing of the name; fsspec's HTTP says so of servers that fail or do not answer, too."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    failed = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return not failed and getattr(cause, "status", 404) in (404, 410)
 
 
 # ------------------------------------------------------------------------------------------- files that rows name
@@ -314,7 +408,7 @@ class FolderFetch:
     def _is_away(self, error: Exception) -> bool:
         """Whether it is not this one name that fails but the disk, the folder or the network."""
         if is_remote(self.root):
-            return not isinstance(error, (FileNotFoundError, ValueError, SkipSample))
+            return not isinstance(error, SkipSample) and may_pass(error)
         if isinstance(error, FileNotFoundError):
             return not os.path.isdir(self.root)
         return isinstance(error, OSError) and error.errno in PASSING

@@ -571,6 +571,86 @@ def test_a_remote_file_that_is_not_there_is_named(tmp_path, remote):
         TarSource("nosuch://a.tar", tmp_path)
 
 
+class Busy(Exception):
+    """What a store raises that answers with 503: of no kind that we know."""
+
+
+def failing(times, method, error=Busy):
+    """A method that fails so often before it works."""
+    left = [times]
+
+    def replacement(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error("503")
+        return method(*args, **kwargs)
+
+    return replacement
+
+
+@pytest.mark.parametrize("method", ["info", "cat_file", "open", "glob"])
+def test_a_busy_store_is_asked_again_at_the_start(tmp_path, remote, monkeypatch, caplog, method):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(type(remote), method, failing(2, getattr(type(remote), method)))
+    assert len(TarSource("memory://shards/s-*.tar", tmp_path / "cache")) == 5
+    assert (
+        slept
+        and set(slept) <= {0.5, 1.0}
+        and "cannot be read (Busy: 503), trying again in 0.5 s" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("method", ["info", "cat_file", "open", "glob"])
+def test_a_store_that_goes_on_failing_is_no_missing_file(tmp_path, remote, monkeypatch, method):
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr(type(remote), method, failing(10**6, getattr(type(remote), method)))
+    with pytest.raises(ValueError, match=r"memory://.*\.tar: cannot be (read|reached) \(Busy: 503\)"):
+        TarSource(
+            "memory://shards/s-*.tar" if method == "glob" else "memory://shards/s-000.tar", tmp_path / "c"
+        )
+
+
+@pytest.mark.parametrize("status, said", [(503, r"cannot be reached \(Busy: 503\)"), (404, "no such file")])
+def test_a_failing_server_that_fsspec_calls_a_missing_file(tmp_path, remote, monkeypatch, status, said):
+    def info(*_, **__):
+        error = Busy(str(status))
+        error.status = status  # as aiohttp's has
+        raise FileNotFoundError("memory://shards/s-000.tar") from error
+
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr(type(remote), "info", info)
+    with pytest.raises(ValueError, match=f"s-000.tar: {said}"):
+        TarSource("memory://shards/s-000.tar", tmp_path / "cache")
+
+
+def test_a_server_that_knows_no_ranges_is_found_out(tmp_path, remote, monkeypatch):
+    """It sends the whole file, so every record would be the first one."""
+    source = TarSource("memory://shards/s-000.tar", tmp_path / "cache")
+    cat = type(remote).cat_file
+    monkeypatch.setattr(type(remote), "cat_file", lambda fs, path, start=None, end=None: cat(fs, path))
+    with pytest.raises(SourceLost, match=r"s-000.tar: [\d,]+ bytes came where [\d,]+ were asked for: .* no"):
+        source.read(2)
+    remote.pipe("/shards/large.tar", remote.cat("/shards/s-000.tar") + bytes(1 << 16))
+    with pytest.raises(ValueError, match="large.tar: .* bytes came where 65,536 were asked for"):
+        TarSource("memory://shards/large.tar", tmp_path / "cache")
+
+
+def test_a_remote_file_that_changes_during_a_run_stops_it(tmp_path, remote):
+    source = TarSource("memory://shards/s-000.tar", tmp_path / "cache")
+    there = remote.cat("/shards/s-000.tar")
+    remote.pipe("/shards/s-000.tar", there)  # put there anew: another date, the same head
+    assert source.read(2).data["json"]["caption"] == "c2"
+    remote.pipe("/shards/s-000.tar", write_tar(tmp_path / "other.tar", 3, first=7).read_bytes())
+    with pytest.raises(SourceLost, match="s-000.tar: changed since it was indexed"):
+        pickle.loads(pickle.dumps(source)).read(2)
+
+
+def test_a_range_that_runs_backwards_is_named(tmp_path):
+    with pytest.raises(ValueError, match="the range ends before it begins; check 'tar_path'"):
+        TarSource(tmp_path / "s-{002..000}.tar")
+
+
 # ---------------------------------------------------------------------------------------------------------- parquet
 
 
