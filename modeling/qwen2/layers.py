@@ -104,7 +104,7 @@ class DecoderLayer(Routed):
 
     def after_attention(self, rows: Rows, attended: Tensor, routing: Routing) -> Rows:
         """The stream and what `attend` gave -> the stream after this layer."""
-        rows += self._keep(self.self_attn.combine(attended, routing))
+        rows = rows + self._keep(self.self_attn.combine(attended, routing))
         return rows + self._keep(self.route("mlp", self.route("post_attention_layernorm", rows)))
 
     def _keep(self, rows: Rows) -> Rows:
