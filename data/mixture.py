@@ -11,9 +11,12 @@
       vit_image_transform_args: {image_stride: 14, max_image_size: 980, min_image_size: 378}
       upstream_compat: false              # true: what the published code does, where that is odd
       max_turns: 4                        # every other key is an argument of the dataset class
+    val:                                  # groups of validation: read once unless they say otherwise; a group that is named as
+      vqa: {dataset_names: [digits_val]}  # one above has its type, transforms and class arguments where it gives none itself
     dataset_info:                         # where the data is, shaped as DATASET_INFO in data/dataset_info.py
       vlm_sft:
         digits_vqa: {data_dir: ../data, jsonl_path: ../data/vqa.jsonl}
+        digits_val: {data_dir: ../data, jsonl_path: ../data/vqa_val.jsonl}
 
 Paths are relative to the YAML file. `${NAME}` and `${NAME:default}` take environment variables.
 """
@@ -30,6 +33,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from data.dataset_base import TaskDataset
+from data.options import require_type
 from data.sources import FORMATS, LOCATION_KEYS, ConcatSource, SelectedSource, Source
 from data.sources.indexed import IndexedSource
 from data.sources.storage import is_remote
@@ -46,6 +50,15 @@ GROUP_KEYS = (
     "vit_image_transform_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "upstream_compat", "when_exhausted",
     "epochs",
 )  # fmt: skip
+
+NOT_GROUPS = ("dataset_info", "val")
+"""Keys at the top level that are no group of the training mixture."""
+
+OWN_KEYS = (
+    "dataset_names", "weight", "num_used_data", "is_mandatory", "when_exhausted", "epochs", "shuffle_lines", "shuffle_seed",
+    "resume_data_status",
+)  # fmt: skip
+"""What a group of validation does not take over from the training group of its name: which records are read, and how often."""
 
 WhenExhausted = Literal["repeat", "drop", "stop"]
 """What follows a group's last record: its first in another order, the other groups alone, or nothing at all."""
@@ -132,18 +145,69 @@ def load_mixture(
     Raises:
         ValueError: naming the file, the key and the nearest valid one.
     """
+    file = Path(path)
+    content = _read_yaml(file)
+    groups = {name: entry for name, entry in content.items() if name not in NOT_GROUPS}
+    return _specs(file, groups, content, registry, info, faults)
+
+
+def load_validation(
+    path: str | Path,
+    registry: Mapping[str, type[TaskDataset]] | None = None,
+    info: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    *,
+    separate: bool = False,
+) -> tuple[GroupSpec, ...]:
+    """The groups that a run is validated on: those under `val`, or all of a file of their own. Opens no data.
+
+    Args:
+        path: the YAML file.
+        registry, info: as `load_mixture` has them.
+        separate: the file is of validation alone (`--val_dataset_config_file`): its groups stand at the top.
+
+    Returns:
+        the groups, read once unless they say otherwise; none if there is no `val`.
+
+    Raises:
+        ValueError: as `load_mixture`.
+    """
+    file = Path(path)
+    content = _read_yaml(file)
+    given = {k: v for k, v in content.items() if k not in NOT_GROUPS} if separate else content.get("val", {})
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: val: expected groups such as 'vlm_sft:', found {given!r}")
+    if not given:
+        return ()
+    return _specs(
+        file, {n: _of_validation(e, content.get(n)) for n, e in given.items()}, content, registry, info
+    )
+
+
+def _of_validation(entry: Any, training: Any) -> Any:
+    """A group of validation with what it takes over from the training group of its name."""
+    if not isinstance(entry, dict):
+        return entry
+    inherited = training if isinstance(training, dict) and entry is not training else {}
+    kept = {key: value for key, value in inherited.items() if key not in OWN_KEYS}
+    return {"when_exhausted": "drop", **kept, **entry}
+
+
+def _specs(
+    file: Path,
+    groups: Mapping[str, Any],
+    content: Mapping[str, Any],
+    registry: Mapping[str, type[TaskDataset]] | None,
+    info: Mapping[str, Mapping[str, Mapping[str, Any]]] | None,
+    faults: list[ValueError] | None = None,
+) -> tuple[GroupSpec, ...]:
     if registry is None or info is None:
         from data.dataset_info import DATASET_INFO, DATASET_REGISTRY  # it imports every dataset class
 
         registry, info = registry or DATASET_REGISTRY, info or DATASET_INFO
-    file = Path(path)
-    content = _read_yaml(file)
     own_info = content.get("dataset_info") or {}
     _require_locations(own_info, f"{file}: dataset_info", registry)
     specs: list[GroupSpec] = []
-    for name, entry in content.items():
-        if name == "dataset_info":
-            continue
+    for name, entry in groups.items():
         try:
             specs += _Entry(file, name, entry, registry, own_info, info).specs()
         except ValueError as e:
@@ -179,8 +243,9 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | P
             vae_transform=None if spec.vae_transform is None else build_transform(spec.vae_transform),
             **spec.options,
         )
+        _require_folders(spec)
         sources = [_open_source(s, index_cache_dir) for s in spec.sources]
-    except ValueError as e:
+    except (ValueError, ImportError) as e:  # a format's or a store's package may be missing
         raise ValueError(f"group {spec.name!r}: {e}") from e
     source = sources[0] if len(sources) == 1 else ConcatSource(sources)
     return Group(
@@ -192,6 +257,16 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | P
         epochs=spec.epochs,
         when_exhausted=spec.when_exhausted,
     )
+
+
+def _require_folders(spec: GroupSpec) -> None:
+    """Where pictures are wanted: during a run, a folder that is not there counts as lost data and is waited for."""
+    for source in spec.sources if spec.dataset_class.needs else ():
+        folder = source.location.get("data_dir")
+        if folder is not None and not is_remote(folder) and not os.path.isdir(folder):
+            raise ValueError(
+                f"{folder}: no such folder; check 'data_dir' of {source.dataset} in dataset_info"
+            )
 
 
 def _open_source(spec: SourceSpec, index_cache_dir: str | Path | None) -> Source:
@@ -249,7 +324,7 @@ class _Entry:
             raise ValueError(f"{self.where}: expected keys such as 'dataset_names', found {entry!r}")
         self.entry = entry
         self.kind = entry.get("type", name)
-        if self.kind not in registry:
+        if not isinstance(self.kind, str) or self.kind not in registry:
             hint = "" if "type" in entry else " (or give it 'type:')"
             raise ValueError(
                 f"{self.where}: no dataset class {self.kind!r}{_nearest(self.kind, registry)}{hint}"
@@ -271,6 +346,9 @@ class _Entry:
             raise ValueError(
                 f"{self.where}: the key {missing[0]!r} is missing; {self.kind} needs it, add it here"
             )
+        for key, option in options.items():
+            if key in self.entry and key not in GROUP_KEYS:
+                require_type(self.entry[key], option.annotation, f"{self.where}.{key}")
         for key in ("is_mandatory", "shuffle_lines", "upstream_compat", "resume_data_status"):
             if not isinstance(value := self.entry.get(key, True), bool):
                 raise ValueError(f"{self.where}.{key}: expected true or false, found {value!r}")
@@ -318,6 +396,10 @@ class _Entry:
             return [
                 self._spec(self.name, names, self.entry.get("weight", 1.0), self.entry.get("num_used_data"))
             ]
+        if not names:
+            raise ValueError(
+                f"{self.where}.dataset_names: expected data set names, or parts with names, found {names!r}"
+            )
         specs = []
         for part, part_names in names.items():
             self._require_names(part_names, f"dataset_names.{part}")
@@ -509,6 +591,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused by PyYAML itself
             if key in seen and key != "<<":
                 at = f"line {key_node.start_mark.line + 1}"
                 raise ValueError(
@@ -527,7 +611,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file}: expected groups at the top level, such as 'vlm_sft:'")
-    return {str(key): _substitute(value, f"{file}: {key}") for key, value in content.items()}
+    try:
+        return {str(key): _substitute(value, f"{file}: {key}") for key, value in content.items()}
+    except RecursionError:
+        raise ValueError(f"{file}: nested too deep; an anchor must not contain itself") from None
 
 
 def _substitute(value: Any, where: str) -> Any:

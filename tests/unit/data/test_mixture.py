@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping, Sequence
 
 import pytest
 import yaml
@@ -11,7 +12,15 @@ from data.types import Sample
 class TalkDataset(TaskDataset):
     """Reads JSONL; `turns` must be given."""
 
-    def __init__(self, *, turns: int, shout: bool = False, **base):
+    def __init__(
+        self,
+        *,
+        turns: int,
+        shout: bool = False,
+        words: Sequence[str | None] = (),
+        extra: Mapping[str, float] | None = None,
+        **base,
+    ):
         super().__init__(**base)
         self.turns, self.shout = turns, shout
 
@@ -164,6 +173,15 @@ def talk(**changes):
         ({"tolk": talk()}, r"mix.yaml: tolk: no dataset class 'tolk'; did you mean 'talk'\?"),
         ({"x": talk(type="tlk")}, r"mix.yaml: x: no dataset class 'tlk'; did you mean 'talk'\?"),
         ({"talk": talk(wieght=1)}, r"mix.yaml: talk: unknown key 'wieght'; did you mean 'weight'\?"),
+        ({"talk": talk(turns="3")}, r"mix.yaml: talk.turns: expected a whole number, found '3'"),
+        ({"talk": talk(turns=1.5)}, r"talk.turns: expected a whole number, found 1.5"),
+        ({"talk": talk(turns=True)}, r"talk.turns: expected a whole number, found True"),
+        ({"talk": talk(shout="no")}, r"talk.shout: expected true or false, found 'no'"),
+        ({"talk": talk(words="hm")}, r"talk.words: expected a list, each entry a text or null, found 'hm'"),
+        ({"talk": talk(words=["hm", 1])}, r"talk.words: expected a list, each entry a text or null, found \['hm', 1\]"),
+        ({"talk": talk(extra=[1])}, r"talk.extra: expected keys with values or null, found \[1\]"),
+        ({"talk": talk(dataset_names={})}, r"talk.dataset_names: expected data set names, or parts with names, found {}"),
+        ({"talk": talk(type=["talk"])}, r"mix.yaml: talk: no dataset class \['talk'\]"),
         ({"talk": talk(shoot=1)}, r"mix.yaml: talk: unknown key 'shoot'; did you mean 'shout'\?"),
         ({"talk": {"dataset_names": ["a"]}}, "mix.yaml: talk: the key 'turns' is missing"),
         ({"talk": {"turns": 1}}, "mix.yaml: talk: the key 'dataset_names' is missing"),
@@ -212,6 +230,26 @@ def test_what_is_no_mixture_is_refused(tmp_path, text):
         load(file)
     with pytest.raises(ValueError, match="gone.yaml: cannot be read .*check --dataset_config_file"):
         load(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("text", ["? [a]\n: 1\n", "a: &a\n  b: *a\n"])
+def test_yaml_that_python_cannot_hold_is_refused(tmp_path, text):
+    (tmp_path / "mix.yaml").write_text(text)
+    with pytest.raises(ValueError, match="mix.yaml: (not valid YAML: .*unhashable|nested too deep)"):
+        load(tmp_path / "mix.yaml")
+
+
+def test_a_folder_of_pictures_that_is_not_there_is_told_at_the_start(write, tmp_path):
+    places = {"a": {"jsonl_path": "a.jsonl", "data_dir": "gone"}}
+    look = {"dataset_names": ["a"], "vit_image_transform_args": VIT}
+    groups = {"look": look, "talk": {"dataset_names": ["a"], "turns": 1}}
+    file = write(dataset_info={"look": places, "talk": places}, **groups)
+    with pytest.raises(
+        ValueError, match=f"group 'look': {tmp_path}/gone: no such folder; check 'data_dir' of a in"
+    ):
+        build_groups(load(file), tokenizer=None)
+    (text_only,) = [spec for spec in load(file) if spec.name == "talk"]
+    assert len(build_groups([text_only], tokenizer=None)[0].source) == 10  # it reads no picture
 
 
 def test_environment_variables_are_filled_in(write, tmp_path, monkeypatch):
