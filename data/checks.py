@@ -7,6 +7,7 @@ faults of a whole group or of the mixture (found by `data/check.py`, which sees 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from data.conversation import IMAGE
@@ -104,7 +105,7 @@ def raw_boxes(look: Look) -> list[tuple[str, tuple[float, ...], tuple[int, int]]
     """
     try:
         boxes = _boxes_of_things(look) if isinstance(look.dataset, ReferDataset) else _boxes_of_objects(look)
-        return [(what, box, size) for what, box, size in boxes if all(size)]
+        return [(what, box, size) for what, box, size in boxes if all(size) and all(map(isfinite, box))]
     except (SkipSample, *RECORD_ERRORS):
         return []
 

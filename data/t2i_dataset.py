@@ -19,6 +19,7 @@ from data.rows import CaptionedRow, CaptionRow, DrawRow, read_row
 from data.types import Sample, Segment
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+SIDE_BY_SIDE = "a record's members stand side by side in its shard"
 
 
 class T2iDataset(TaskDataset):
@@ -47,8 +48,10 @@ class T2iDataset(TaskDataset):
         row, picture = self.read(record)
         texts = row.captions or ((row.caption,) if row.caption.strip() else ())
         if not texts and not self.upstream_compat:
+            hint = f" ({SIDE_BY_SIDE})" if self.source_format == "tar" else ""
             raise SkipSample(
-                "no_caption", "none of `captions`, `caption` and `txt` has a text; give the picture one"
+                "no_caption",
+                f"none of `captions`, `caption` and `txt` has a text; give the picture one{hint}",
             )
         drawn = (image_segment("gen_image", picture, self.vae_transform),) * self.draws
         if not texts:
@@ -109,5 +112,6 @@ def _open_member(record: Record) -> Image.Image:
             if e.reason != "missing_image":
                 raise
     raise SkipSample(
-        "missing_image", f"the sample has no member with one of the extensions {', '.join(IMAGE_EXTENSIONS)}"
+        "missing_image",
+        f"the sample has no member with one of the extensions {', '.join(IMAGE_EXTENSIONS)}; {SIDE_BY_SIDE}",
     )

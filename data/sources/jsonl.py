@@ -89,12 +89,23 @@ class JsonlSource(IndexedSource):
         try:
             data = parse_json(content.strip())
         except ValueError as e:  # also UnicodeDecodeError
-            message = f"{where}: not valid JSON ({brief(e)}); correct or remove the line"
+            remedy = self._if_one_document(file) or "correct or remove the line"
+            message = f"{where}: not valid JSON ({brief(e)}); {remedy}"
             raise SkipSample("bad_json", message, where) from e
         if not isinstance(data, dict):
-            message = f"{where}: expected a JSON object, found {type(data).__name__}"
+            remedy = self._if_one_document(file) or "correct or remove the line"
+            message = f"{where}: expected a JSON object, found {type(data).__name__}; {remedy}"
             raise SkipSample("bad_json", message, where)
         return Record(data=data, where=where, fetch=self._fetch)
+
+    def _if_one_document(self, file: FileStamp) -> str:
+        """What to do about a file that is one JSON list of rows, as LLaVA's are, and not JSONL."""
+        head = self.files.read(file, 0, min(file.size, 1 << 12)).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not head.startswith(b"["):
+            return ""
+        return (
+            "the file is one JSON list: write a row per line, say with `jq -c '.[]' rows.json > rows.jsonl`"
+        )
 
 
 def folder_of(file: str, data_dir: str | Path | None) -> str:

@@ -236,7 +236,12 @@ class TarSource(IndexedSource):
                 where = f"{file.path}#{member.name}" if member.name else where
                 reason = "unsafe_member" if member.unsafe else "bad_tar"
                 raise SkipSample(reason, f"{where}: {member.fault}; write the shard again", where)
-        parts = {m.extension: span[m.offset - start : m.offset - start + m.size] for m in found}
+        parts: dict[str, bytes] = {}
+        for member in found:
+            if member.extension in parts:
+                message = f"{where}: two members .{member.extension}, {member.name!r} is the second; write the shard again"
+                raise SkipSample("bad_tar", message, where)
+            parts[member.extension] = span[member.offset - start : member.offset - start + member.size]
         data: dict[str, Any] = {"__key__": key}
         for ext in parts.keys() & _DECODERS.keys():
             try:

@@ -4,6 +4,7 @@ Boxes become `xyxy` in [0, 1], which a resize leaves as they are; masks become 0
 Sizes are `(width, height)` where they come from a picture and `(height, width)`, written `hw`, where they come from a tensor.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,10 @@ def normalised_box(xyxy: Sequence[float], size: tuple[int, int], what: str) -> T
         x0, y0, x1, y1 = (float(v) for v in xyxy)
     except (TypeError, ValueError, OverflowError):
         raise SkipSample("bad_box", f"{what}: a box is four numbers, not {xyxy!r}") from None
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):  # to cut infinity would be to guess
+        raise SkipSample("bad_box", f"{what}: a box is four finite numbers, not {list(xyxy)}")
     box = torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]).clamp(0, 1)
-    if not (box[2] > box[0] and box[3] > box[1]):  # also refuses NaN
+    if not (box[2] > box[0] and box[3] > box[1]):
         raise SkipSample(
             "bad_box",
             f"{what}: box {list(xyxy)} has no area inside the {width}x{height} picture; correct or remove it",

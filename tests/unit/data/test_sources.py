@@ -84,6 +84,35 @@ def test_a_malformed_line_is_skipped_with_file_and_line(tmp_path, line):
     assert "\n" not in e.value.message
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf \n"])
+def test_one_json_list_in_the_place_of_lines_is_called_so(tmp_path, start):
+    """LLaVA's own files are lists."""
+    (tmp_path / "llava.json").write_bytes(start + json.dumps([{"id": 1}, {"id": 2}], indent=1).encode())
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n[1]\n')
+    source = JsonlSource(tmp_path / "llava.json")
+    for row in range(len(source)):
+        with pytest.raises(
+            SkipSample, match=r"llava.json:\d+: .*; the file is one JSON list: write a row per line"
+        ):
+            source.read(row)
+    with pytest.raises(
+        SkipSample, match="rows.jsonl:2: expected a JSON object, found list; correct or remove"
+    ):
+        JsonlSource(tmp_path / "rows.jsonl").read(1)
+
+
+def test_a_record_with_two_members_of_one_kind_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.txt", b"a"), ("0.png", png()), ("0.txt", b"b"), ("1.txt", b"c")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = TarSource(tmp_path / "a.tar")
+    with pytest.raises(SkipSample, match=r"a.tar#0: two members .txt, '0.txt' is the second"):
+        source.read(0)
+    assert source.read(1).data["txt"] == "c"
+
+
 def test_the_index_is_kept_and_made_again_when_the_file_changes(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl")
     JsonlSource(file)

@@ -94,7 +94,16 @@ def test_boxes_are_cut_at_the_border_and_independent_of_a_resize():
 
 
 @pytest.mark.parametrize(
-    "xyxy", [[5, 5, 5, 9], [9, 9, 5, 5], [100, 0, 120, 10], [float("nan"), 0, 1, 1], [1, 2, 3], None]
+    "xyxy",
+    [
+        [5, 5, 5, 9],
+        [9, 9, 5, 5],
+        [100, 0, 120, 10],
+        [float("nan"), 0, 1, 1],
+        [1, 1, float("inf"), 9],
+        [1, 2, 3],
+        None,
+    ],
 )
 def test_boxes_without_area_are_refused(xyxy):
     with pytest.raises(SkipSample, match="annotation 5") as e:
