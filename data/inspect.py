@@ -12,16 +12,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageDraw
 
-from data.dataset_base import DropoutSpec
 from data.layout import LayoutSpec, lay_out
 from data.mixture import Group, build_groups, load_mixture
 from data.packing import pack
-from data.policy import POLICIES, PackBudget
+from data.policy import POLICIES
 from data.run_file import run_file_lines
-from data.stream import LaneStream, StreamPlan
+from data.stream import LaneStream, StreamFlags, StreamPlan
 from data.tokens import SpecialTokens, Tokenizer
 from data.types import LaneCursor, PackedBatch, Region, Sample, Segment
 
@@ -69,27 +69,8 @@ def build_plan(args: argparse.Namespace) -> tuple[StreamPlan, Tokenizer]:
 
 def stream_plan(args: argparse.Namespace, groups: tuple[Group, ...], tokenizer: Tokenizer) -> StreamPlan:
     """The plan of the flags that `add_plan_flags` adds."""
-    return StreamPlan(
-        groups=groups,
-        layout=LayoutSpec.from_model_dir(args.model_path),
-        special=tokenizer.special,
-        budget=PackBudget(
-            expected=args.expected_num_tokens,
-            maximum=args.max_num_tokens,
-            per_sample=args.max_num_tokens_per_sample,
-            max_pairs=args.max_attention_pairs,
-            max_buffer=args.max_buffer_size,
-            prefer_buffer_before=args.prefer_buffer_before,
-            policy=args.packer,
-        ),
-        seed=args.data_seed,
-        num_lanes=args.num_lanes,
-        dropout=DropoutSpec(
-            text=args.text_cond_dropout_prob, vit=args.vit_cond_dropout_prob, vae=args.vae_cond_dropout_prob
-        ),
-        timestep_shift=args.timestep_shift,
-        max_reject_fraction=args.max_reject_fraction,
-    )
+    layout = LayoutSpec.from_model_dir(args.model_path)
+    return StreamPlan.from_flags(cast(StreamFlags, args), groups, layout, tokenizer.special)
 
 
 def pack_lines(

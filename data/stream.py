@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 from data.dataset_base import DropoutSpec, SkipSample, finish_sample
 from data.layout import LayoutSpec, loss_tokens, planned_tokens, splits_of, visible_pairs
@@ -38,6 +39,39 @@ MEMORY = 1 - 1 / 512
 """What an earlier sample counts in the lane's averages, compared with the one after it."""
 
 
+class StreamFlags(Protocol):
+    """The flags that decide which packs come: the trainer's `DataArgs`, or what the tools parsed under the same names."""
+
+    @property
+    def expected_num_tokens(self) -> int: ...
+    @property
+    def max_num_tokens(self) -> int: ...
+    @property
+    def max_num_tokens_per_sample(self) -> int: ...
+    @property
+    def max_attention_pairs(self) -> int: ...
+    @property
+    def max_buffer_size(self) -> int: ...
+    @property
+    def prefer_buffer_before(self) -> int: ...
+    @property
+    def packer(self) -> str: ...
+    @property
+    def data_seed(self) -> int: ...
+    @property
+    def num_lanes(self) -> int: ...
+    @property
+    def text_cond_dropout_prob(self) -> float: ...
+    @property
+    def vit_cond_dropout_prob(self) -> float: ...
+    @property
+    def vae_cond_dropout_prob(self) -> float: ...
+    @property
+    def timestep_shift(self) -> float: ...
+    @property
+    def max_reject_fraction(self) -> float: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPlan:
     """Everything a lane's packs depend on besides its cursor."""
@@ -55,6 +89,39 @@ class StreamPlan:
     def __post_init__(self) -> None:
         if not 0 <= self.max_reject_fraction <= 1:
             raise ValueError(f"--max_reject_fraction {self.max_reject_fraction} must be from 0 to 1")
+
+    @staticmethod
+    def from_flags(
+        flags: StreamFlags, groups: tuple[Group, ...], layout: LayoutSpec, special: SpecialTokens
+    ) -> "StreamPlan":
+        """The plan that the flags describe.
+
+        Raises:
+            ValueError: if they contradict each other.
+        """
+        return StreamPlan(
+            groups=groups,
+            layout=layout,
+            special=special,
+            budget=PackBudget(
+                expected=flags.expected_num_tokens,
+                maximum=flags.max_num_tokens,
+                per_sample=flags.max_num_tokens_per_sample,
+                max_buffer=flags.max_buffer_size,
+                prefer_buffer_before=flags.prefer_buffer_before,
+                max_pairs=flags.max_attention_pairs,
+                policy=flags.packer,
+            ),
+            seed=flags.data_seed,
+            num_lanes=flags.num_lanes,
+            dropout=DropoutSpec(
+                text=flags.text_cond_dropout_prob,
+                vit=flags.vit_cond_dropout_prob,
+                vae=flags.vae_cond_dropout_prob,
+            ),
+            timestep_shift=flags.timestep_shift,
+            max_reject_fraction=flags.max_reject_fraction,
+        )
 
 
 def make_sample(plan: StreamPlan, group: Group, lane: int, position: int) -> Sample | Reject:

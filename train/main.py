@@ -15,12 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any di
 
 import torch
 
-from data.dataset_base import DropoutSpec
-from data.layout import LayoutSpec
 from data.ledger import Demand
 from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
-from data.policy import PackBudget
 from data.stream import StreamPlan, make_sample
 from data.tokens import Tokenizer
 from data.types import PackedBatch, Reject
@@ -83,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.info("%s", describe(model, args.params, args.optim.lr))
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
         vae = load_autoencoder(source.vae_path, world.device)
-        plan = stream_plan(args, groups, tokenizer, model.config.layout)
+        plan = StreamPlan.from_flags(args.data, groups, model.config.layout, tokenizer.special)
         if args.train.validate_only:
             return validate(model, plan, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
@@ -195,34 +192,6 @@ def demands(groups: Sequence[Group]) -> dict[str, Demand]:
     return {
         g.name: Demand(weight=g.weight, records=len(g.source), is_mandatory=g.is_mandatory) for g in groups
     }
-
-
-def stream_plan(
-    args: Args, groups: tuple[Group, ...], tokenizer: Tokenizer, layout: LayoutSpec
-) -> StreamPlan:
-    """Everything that decides which packs come."""
-    data = args.data
-    return StreamPlan(
-        groups=groups,
-        layout=layout,
-        special=tokenizer.special,
-        budget=PackBudget(
-            expected=data.expected_num_tokens,
-            maximum=data.max_num_tokens,
-            per_sample=data.max_num_tokens_per_sample,
-            max_buffer=data.max_buffer_size,
-            prefer_buffer_before=data.prefer_buffer_before,
-            max_pairs=data.max_attention_pairs,
-            policy=data.packer,
-        ),
-        seed=data.data_seed,
-        num_lanes=data.num_lanes,
-        dropout=DropoutSpec(
-            text=data.text_cond_dropout_prob, vit=data.vit_cond_dropout_prob, vae=data.vae_cond_dropout_prob
-        ),
-        timestep_shift=data.timestep_shift,
-        max_reject_fraction=data.max_reject_fraction,
-    )
 
 
 def validate(model: Bagel, plan: StreamPlan, world: World) -> None:

@@ -1,14 +1,17 @@
+import argparse
 import json
 import os
 import sys
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
 
-from data.inspect import attention_picture, main
-from data.stream import LaneStream
+from data.inspect import add_plan_flags, attention_picture, main
+from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor
 from tests.unit.data.toy_groups import plan
+from train.args.data import DataArgs
 
 
 def allowed(batch):
@@ -81,3 +84,24 @@ def test_the_command_ends_quietly_when_nobody_reads_on(mixture, monkeypatch, cap
         patch.setattr(sys, "stdout", pipe)
         assert main([*command, *budget]) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_the_tools_plan_as_the_trainer_does():
+    """Every flag that decides which packs come, each with a value of its own, under one name in both."""
+    parser = argparse.ArgumentParser()
+    add_plan_flags(parser)
+    names = {f.name for f in fields(DataArgs)} & vars(parser.parse_args(["--dataset_config_file", ""])).keys()
+    numbers = {name: 0.25 + 0.01 * i if "prob" in name or "fraction" in name or "shift" in name else 5000 - i
+               for i, name in enumerate(sorted(names - {"dataset_config_file", "index_cache_dir", "packer"}))}  # fmt: skip
+    numbers["max_num_tokens"] = 6000
+    given = {**numbers, "dataset_config_file": "x.yaml", "packer": "conserving"}
+    args = parser.parse_args([f"--{name}={value}" for name, value in given.items()])
+    toy = plan()
+    ours, theirs = (
+        StreamPlan.from_flags(flags, toy.groups, toy.layout, toy.special)
+        for flags in (args, DataArgs(**given))
+    )
+    assert ours == theirs
+    told = {*asdict(ours.budget).values(), *asdict(ours.dropout).values(), ours.seed, ours.num_lanes,
+            ours.timestep_shift, ours.max_reject_fraction}  # fmt: skip
+    assert told == {*numbers.values(), "conserving"}
