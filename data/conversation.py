@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.dataset_base import SkipSample, Transform
+from data.rgb_image import RgbImage
 from data.tokens import ANCHORS, Tokenizer
 from data.types import EMPTY_BOX, EMPTY_MASK, Kind, Region, Sample, Segment
 
@@ -59,7 +60,7 @@ class Turn:
 
 def image_segment(
     kind: Kind,
-    image: Image.Image,
+    image: RgbImage | Image.Image,
     transform: Transform | None,
     num_images: int = 1,
     *,

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
+from data.rgb_image import RgbImage
 from data.sources.record import Record, SkipSample
 from data.tokens import Tokenizer
 from data.types import Region, Sample, Segment
@@ -92,7 +92,7 @@ class TaskDataset(ABC):
             SkipSample: if the record cannot be used.
         """
 
-    def open_image(self, record: Record, name: str) -> Image.Image:
+    def open_image(self, record: Record, name: str) -> RgbImage:
         """A picture of a record, by the name that the row gives it.
 
         Raises:
@@ -189,7 +189,7 @@ def check_sample(sample: Sample) -> None:
         )
 
 
-def require_mask_size(mask_hw: Sequence[int], image: Image.Image, where: str) -> None:
+def require_mask_size(mask_hw: Sequence[int], image: RgbImage, where: str) -> None:
     """A mask has to have its picture's size, before both are resized.
 
     Raises:

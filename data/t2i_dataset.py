@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from data.conversation import (
     IMAGE,
@@ -15,6 +14,7 @@ from data.conversation import (
     without_images,
 )
 from data.dataset_base import Record, SkipSample, TaskDataset
+from data.rgb_image import RgbImage
 from data.rows import CaptionedRow, CaptionRow, DrawRow, read_row
 from data.types import Sample, Segment
 
@@ -61,7 +61,7 @@ class T2iDataset(TaskDataset):
         turns = [Turn(role="human", text=caption.replace(IMAGE, " ")), Turn(role="gpt", text=IMAGE)]
         return build_sample(turns, self.tokenizer, drawn=[drawn], drop_text=True, task="t2i")
 
-    def read(self, record: Record) -> tuple[CaptionRow, Image.Image]:
+    def read(self, record: Record) -> tuple[CaptionRow, RgbImage]:
         """The captions and the picture of a record."""
         fields = record.data.get("json")
         members = {key: value for key, value in record.data.items() if key != "json"}
@@ -79,7 +79,7 @@ class ParquetT2iDataset(T2iDataset):
 
     source_format: ClassVar[str] = "parquet"
 
-    def read(self, record: Record) -> tuple[CaptionRow, Image.Image]:
+    def read(self, record: Record) -> tuple[CaptionRow, RgbImage]:
         row = read_row(CaptionedRow, record.data)
         return row, self.open_image(record, row.image)
 
@@ -104,7 +104,7 @@ class T2iMessageDataset(TaskDataset):
         return build_sample(turns, self.tokenizer, drawn=drawn, drop_text=True, task=row.task or "t2i")
 
 
-def _open_member(record: Record) -> Image.Image:
+def _open_member(record: Record) -> RgbImage:
     for extension in IMAGE_EXTENSIONS:
         try:
             return record.open_image(extension)

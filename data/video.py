@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.rgb_image import RgbImage
 from data.sources.record import IMAGE_ERRORS, Record, SkipSample
 from modeling.optional import require
 
@@ -106,7 +107,7 @@ class FrameSampler:
 
 def read_frames(
     record: Record, video: Sequence[str], sampler: FrameSampler, rng: np.random.Generator
-) -> list[Image.Image]:
+) -> list[RgbImage]:
     """The frames of a row's video that the sampler chooses.
 
     Args:
@@ -136,7 +137,7 @@ def _frame_number(path: str) -> tuple[int, str]:
 
 def _read_animation(
     record: Record, name: str, sampler: FrameSampler, rng: np.random.Generator
-) -> list[Image.Image]:
+) -> list[RgbImage]:
     content = record.read_file(name, "video")
     try:
         with Image.open(io.BytesIO(content), formats=("GIF", "WEBP", "PNG")) as picture:
@@ -146,15 +147,14 @@ def _read_animation(
             frames = []
             for i in sampler.choose(count, 1000 / duration_ms if duration_ms else FRAMES_PER_SECOND, rng):
                 picture.seek(i)
-                frames.append(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+                frame = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+                frames.append(RgbImage.of(frame))
     except IMAGE_ERRORS as e:
         raise _broken(record, name, e) from e
     return frames
 
 
-def _read_file(
-    record: Record, name: str, sampler: FrameSampler, rng: np.random.Generator
-) -> list[Image.Image]:
+def _read_file(record: Record, name: str, sampler: FrameSampler, rng: np.random.Generator) -> list[RgbImage]:
     content = record.read_file(name, "video")
     av = require("av", package="av", extra="video", why=f"the video file {name!r}")
     try:
@@ -164,10 +164,10 @@ def _read_file(
             count = sum(1 for packet in container.demux(stream) if packet.size)
         chosen = sampler.choose(max(count, 1), fps, rng)
         with av.open(io.BytesIO(content)) as container:
-            decoded: dict[int, Image.Image] = {}
+            decoded: dict[int, RgbImage] = {}
             for i, frame in enumerate(container.decode(video=0)):
                 if i in chosen:
-                    decoded[i] = frame.to_image()
+                    decoded[i] = RgbImage(frame.to_ndarray(format="rgb24"))
                 if i >= chosen[-1]:
                     break
         return [decoded[i] for i in chosen]

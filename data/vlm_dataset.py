@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from data.conversation import (
     IMAGE,
@@ -23,6 +22,7 @@ from data.conversation import (
     show_frames,
 )
 from data.dataset_base import Record, SkipSample, TaskDataset, Tower
+from data.rgb_image import RgbImage
 from data.rows import TalkRow, read_row
 from data.transforms.boxes import normalised_box, read_mask, resized_mask
 from data.types import Sample, Segment
@@ -96,7 +96,7 @@ class VlmDataset(TaskDataset):
         return self.compose(turns, pictures, und, row.task or "vqa")
 
     def compose(
-        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], und: Sequence[Segment], task: str
+        self, turns: Sequence[Turn], pictures: Sequence[RgbImage], und: Sequence[Segment], task: str
     ) -> Sample:
         """The sample of what was read.
 
@@ -118,7 +118,7 @@ class VlmDataset(TaskDataset):
         counts = [turn.text.count(IMAGE) for turn in turns if turn.role == "human"]
         return [pictures[k] if k < len(pictures) else () for count in counts for k in range(count)]
 
-    def _frames(self, row: TalkRow, record: Record, rng: np.random.Generator) -> list[Image.Image]:
+    def _frames(self, row: TalkRow, record: Record, rng: np.random.Generator) -> list[RgbImage]:
         if not row.video:
             return []
         if row.pictures:
@@ -166,7 +166,7 @@ class ReconstructionDataset(VlmDataset):
         self.request = request
 
     def compose(
-        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], und: Sequence[Segment], task: str
+        self, turns: Sequence[Turn], pictures: Sequence[RgbImage], und: Sequence[Segment], task: str
     ) -> Sample:
         if not pictures:
             return super().compose(turns, pictures, und, task)
@@ -213,7 +213,7 @@ class ReconstructionVer2Dataset(ReconstructionDataset):
 
 
 def read_objects(
-    objects: Mapping[str, Sequence[Any]], pictures: Sequence[Image.Image], und: Sequence[Segment]
+    objects: Mapping[str, Sequence[Any]], pictures: Sequence[RgbImage], und: Sequence[Segment]
 ) -> dict[str, list[Target]]:
     """The targets of each perception head in a row's `objects`.
 

@@ -41,3 +41,11 @@ def require(module: str, *, package: str, extra: str, why: str) -> ModuleType:
 
 def _remedy(package: str, extra: str) -> str:
     return f'run `pip install {package}`, or `pip install -e ".[{extra}]"` in the project\'s directory'
+
+
+def if_installed(module: str) -> ModuleType | None:
+    """An optional module that only makes something faster; None if it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return None

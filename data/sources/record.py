@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
+from data.rgb_image import RgbImage, jpeg_pixels
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What may be opened. Of Pillow's other formats one (EPS) starts a program on what it is given."""
 
@@ -72,7 +74,7 @@ class Record:
     where: str
     fetch: Callable[[str], bytes]
 
-    def open_image(self, name: str) -> Image.Image:
+    def open_image(self, name: str) -> RgbImage:
         """The decoded picture of a name that `fetch` knows.
 
         Raises:
@@ -136,7 +138,7 @@ class Source(Protocol):
     def read(self, index: int) -> Record: ...
 
 
-def decode_image(content: bytes) -> Image.Image:
+def decode_image(content: bytes) -> RgbImage:
     """A whole picture from the bytes of its file.
 
     JPEG could be decoded to a half, a quarter or an eighth of its size straight away (Pillow's draft mode). It is not: of seven
@@ -156,8 +158,12 @@ def decode_image(content: bytes) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise Image.DecompressionBombError(f"{image.width}x{image.height} px, the limit is {limit:,} pixels")
+    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        pixels = jpeg_pixels(content)
+        if pixels is not None:
+            return RgbImage(pixels)
     image.load()
-    return image
+    return RgbImage.of(image)
 
 
 def _require_png_checksums(content: bytes) -> None:

@@ -6,10 +6,14 @@ so that a checkpoint sees the sizes it was trained with. Pixels stay uint8: `(x 
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from data.rgb_image import RgbImage, to_rgb
+from data.transforms.resize import resize
+
+__all__ = ["MAX_PIXELS", "ImageTransform", "to_rgb"]
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
 """Published default of `max_pixels`."""
@@ -46,18 +50,16 @@ class ImageTransform:
         if self.stride > self.max_image_size:
             raise ValueError(f"stride {self.stride} exceeds max_image_size {self.max_image_size}")
 
-    def __call__(self, image: Image.Image, num_images: int = 1) -> Tensor:
-        """`3 hh ww` uint8.
+    def __call__(self, image: RgbImage | Image.Image, num_images: int = 1) -> Tensor:
+        """`3 hh ww` uint8, channels last in memory: so decoders give it, and so patches want it.
 
         Args:
             image: any mode; transparency is put on white.
             num_images: how many pictures the sample has (they share `max_pixels`).
         """
-        rgb = to_rgb(image)
-        size = self.resized(*rgb.size, num_images)
-        if size != rgb.size:
-            rgb = rgb.resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.stack([np.asarray(band) for band in rgb.split()]))
+        picture = image if isinstance(image, RgbImage) else RgbImage.of(image)
+        rgb = resize(picture.rgb, *self.resized(*picture.size, num_images))
+        return torch.from_numpy(rgb).permute(2, 0, 1)
 
     def resized(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
         """Width and height after the transform.
@@ -81,14 +83,3 @@ class ImageTransform:
 
     def _to_stride(self, side: int) -> int:
         return max(self.stride, round(side / self.stride) * self.stride)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; what is transparent shows white."""
-    # The published code ignores the alpha of grey pictures (mode LA); ours must see the same pixels.
-    if image.mode != "LA" and image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.transforms.image import MAX_PIXELS, ImageTransform, to_rgb
+from data.rgb_image import to_rgb
+from data.transforms.image import MAX_PIXELS, ImageTransform
 from modeling.ops.patch import normalise_pixels
 from tests.parity.comparison import Comparison
 

@@ -168,7 +168,7 @@ def test_images_lie_below_the_data_directory(tmp_path):
     (tmp_path / "images" / "x.png").write_bytes(png())
     record = JsonlSource(write_jsonl(tmp_path / "a.jsonl"), tmp_path / "images").read(0)
     assert record.open_image("x.png").size == (6, 4)
-    assert record.open_image("/x.png").getpixel((0, 0)) == (200, 10, 10)
+    assert record.open_image("/x.png").rgb[0, 0].tolist() == [200, 10, 10]
 
 
 @pytest.mark.parametrize(
@@ -705,7 +705,7 @@ def test_parquet_rows_have_names_in_the_place_of_bytes(tmp_path):
     record = source.read(4)
     assert record.data == {"image": "image", "captions": '{"a": "c4"}'}
     assert record.where == f"{tmp_path}/set/b.parquet#row 1"
-    assert [source.read(i).open_image("image").getpixel((0, 0))[0] for i in (2, 0, 4, 1, 3)] == [
+    assert [source.read(i).open_image("image").rgb[0, 0, 0] for i in (2, 0, 4, 1, 3)] == [
         2,
         0,
         4,
@@ -730,7 +730,7 @@ def test_lists_and_hugging_face_pictures_in_parquet(tmp_path):
         "picture": "picture",
         "none": None,
     }
-    assert [record.open_image(n).getpixel((0, 0))[0] for n in (*record.data["image_list"], "picture")] == [
+    assert [record.open_image(n).rgb[0, 0, 0] for n in (*record.data["image_list"], "picture")] == [
         1,
         2,
         3,
@@ -745,7 +745,7 @@ def test_remote_parquet(tmp_path, remote):
     source = pickle.loads(pickle.dumps(ParquetSource("memory://set", cache_dir=tmp_path / "cache")))
     assert len(source) == 6
     assert source.read(5).where.endswith("/set/b.parquet#row 2")
-    assert source.read(5).open_image("image").getpixel((0, 0))[0] == 2
+    assert source.read(5).open_image("image").rgb[0, 0, 0] == 2
 
 
 def test_the_published_list_of_row_groups(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data.dataset_base import Record, SkipSample
+from data.rgb_image import RgbImage
 from data.sources import JsonlSource
 from data.transforms import ImageTransform
 from data.video import FrameSampler, read_frames
@@ -33,8 +34,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def values(frames: list[Image.Image]) -> list[int]:
-    return [int(np.asarray(f.convert("L"))[0, 0]) for f in frames]
+def values(frames: list[RgbImage]) -> list[int]:
+    return [int(np.asarray(Image.fromarray(f.rgb).convert("L"))[0, 0]) for f in frames]
 
 
 def test_one_frame_of_each_stretch_is_drawn():
