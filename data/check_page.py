@@ -63,8 +63,8 @@ def render(report: Report, tokenizer: Tokenizer) -> str:
         (
             _opening(report),
             _table(report),
-            _faults(report.faults),
-            *(_group_section(report.plan, group, report.scans[group.name], tokenizer) for group in groups),
+            _faults(report),
+            *(_group_section(report, group, tokenizer) for group in groups),
             _attention(report, tokenizer),
         )
     )
@@ -124,17 +124,19 @@ def _table(report: Report) -> str:
     )
 
 
-def _faults(faults: Sequence[Fault]) -> str:
+def _faults(report: Report) -> str:
     listed = (
-        "".join(_fault(kind, of_kind) for kind, of_kind in by_kind(faults)) or '<p class="note">None.</p>'
+        "".join(_fault(kind, of_kind, report) for kind, of_kind in by_kind(report.faults))
+        or '<p class="note">None.</p>'
     )
-    return f'<section id="faults"><h2>Faults</h2>{listed}</section>'
+    told = f"Paths are relative to {escape(str(report.folder))}."
+    return f'<section id="faults"><h2>Faults</h2><p class="note">{told}</p>{listed}</section>'
 
 
-def _fault(kind: str, faults: Sequence[Fault]) -> str:
+def _fault(kind: str, faults: Sequence[Fault], report: Report) -> str:
     check, severity = CHECKS[kind], faults[0].severity
     places = "".join(
-        f"<tr><td><code>{escape(p.where)}</code></td><td>{escape(p.message)}</td></tr>"
+        f"<tr><td><code>{escape(report.near(p.where))}</code></td><td>{escape(report.near(p.message))}</td></tr>"
         for fault in faults
         for p in fault.first
     )
@@ -153,14 +155,14 @@ def _fault(kind: str, faults: Sequence[Fault]) -> str:
 # ----------------------------------------------------------------------------------------- samples of a group
 
 
-def _group_section(plan: StreamPlan, group: Group, scan: Scan, tokenizer: Tokenizer) -> str:
-    has_regions = False
+def _group_section(report: Report, group: Group, tokenizer: Tokenizer) -> str:
+    plan, scan, has_regions = report.plan, report.scans[group.name], False
     try:
-        samples = list(_first_samples(plan, group))
+        samples = [_with_near_place(sample, report) for sample in _first_samples(plan, group)]
         has_regions = any(sample.regions for sample in samples)
         cards = "".join(_card(sample, plan, tokenizer) for sample in samples)
     except ValueError as e:  # the transform does not suit the model, or a file vanished
-        cards = f'<p class="note">{escape(str(e))}</p>'
+        cards = f'<p class="note">{escape(report.near(str(e)))}</p>'
     shown = f'<div class="cards c2">{cards}</div>' if cards else '<p class="note">No usable record found.</p>'
     about = (
         f"{type(group.dataset).__name__}, {len(group.source):,} records, weight {group.weight:g}"
@@ -204,6 +206,10 @@ def _first_samples(plan: StreamPlan, group: Group) -> Iterator[Sample]:
             shown += 1
         if shown == SAMPLES:
             return
+
+
+def _with_near_place(sample: Sample, report: Report) -> Sample:
+    return replace(sample, origin=replace(sample.origin, where=report.near(sample.origin.where)))
 
 
 def _card(sample: Sample, plan: StreamPlan, tokenizer: Tokenizer) -> str:
@@ -312,7 +318,7 @@ def _attention(report: Report, tokenizer: Tokenizer) -> str:
         stream = LaneStream(plan, LaneCursor(lane=0))
         samples = stream.next_samples()
     except ValueError as e:
-        return f'<section id="attention"><h2>Attention</h2><p class="note">No pack: {escape(str(e))}</p></section>'
+        return f'<section id="attention"><h2>Attention</h2><p class="note">No pack: {escape(report.near(str(e)))}</p></section>'
     batch = pack(samples, plan.layout, plan.special, cursor=stream.cursor)
     image = attention_picture(batch)
     shown = picture(png(image), image.size, "attention of the first pack")
@@ -320,7 +326,7 @@ def _attention(report: Report, tokenizer: Tokenizer) -> str:
         *(("", f"background: rgb{colour}", f"{mode} split") for mode, colour in COLOURS.items()),
         ("", f"background: rgb{SEEN}", "splits before it, in the same sample"),
     )
-    table = escape("\n".join(pack_lines(0, samples, batch, plan, tokenizer)))
+    table = escape(report.near("\n".join(pack_lines(0, samples, batch, plan, tokenizer))))
     return (
         '<section id="attention"><h2>Attention of one pack</h2><p class="note">The first pack of lane 0: which token (across) '
         f"each token (down) sees; grey lines part the samples.</p>{colours}"

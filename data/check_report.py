@@ -1,6 +1,8 @@
 """What `data/check.py` found, worst first: as JSON, and as text for people."""
 
 import itertools
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from data.checks import CHECKS, SEVERITIES
 from data.prediction import Prediction
 from data.scan import COLUMNS, Found, Place, Scan
 from data.stream import StreamPlan
+
+DATA_VARIABLE = "WEFT_DATA"
+"""Environment variable that published mixtures of this project take the data's folder from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +60,38 @@ class Report:
     no_prediction: str
     seconds: float
 
+    def near(self, text: str) -> str:
+        """A text in which paths are relative to the mixture's directory, or to $WEFT_DATA, where that is shorter."""
+        return near_paths(text, self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Of the mixture, whose paths are relative to it."""
+        return self.file.resolve().parent
+
     @property
     def counted(self) -> list[Fault]:
         """Faults that are more than notes."""
         return [fault for fault in self.faults if fault.severity != "note"]
+
+
+def near_paths(text: str, folder: Path) -> str:
+    """A text in which absolute paths below some folders are written from there.
+
+    Args:
+        text: a place or a message.
+        folder: what paths are relative to: it, two above it, and that of the environment variable WEFT_DATA.
+    """
+    near = {str(folder): ""}
+    for above, parent in enumerate(folder.parents[:2], start=1):
+        near[str(parent)] = "../" * above
+    if data := os.environ.get(DATA_VARIABLE):
+        near[os.path.normpath(folder / data)] = f"${DATA_VARIABLE}/"
+    for base, short in sorted(near.items(), key=lambda item: -len(item[0])):
+        if len(base) > len(short):
+            parts = re.split(rf"(?<![\w/.$]){re.escape(base)}/(?=[^/\s])", text)
+            text = short.join(parts)
+    return text
 
 
 def in_order(found: Sequence[tuple[str, str, Found]], accepted: Sequence[str]) -> list[Fault]:
@@ -127,16 +160,21 @@ def text_lines(report: Report, show: int) -> Iterator[str]:
     yield packs_line(report)
     if any(scan.looked_at < scan.records for scan in report.scans.values()):
         yield "copies and leaks are looked for among the records looked at; --scan looks at all"
+    if report.faults:
+        yield f"paths are relative to {report.folder}"
     for kind, of_kind in by_kind(report.faults):
         yield ""
         check, severity = CHECKS[kind], of_kind[0].severity
         yield f"{severity.upper()} {kind}: {check.title}"
         yield f"  do: {check.remedy}"
-        width = max((len(place.where) for fault in of_kind for place in fault.first), default=0)
-        for fault in of_kind:
-            named = fault.first[:show]
-            yield from (f"  {place.where.ljust(width)}  {place.message}" for place in named)
-            if more := fault.count - len(named):
+        named = {
+            fault: [(report.near(p.where), report.near(p.message)) for p in fault.first[:show]]
+            for fault in of_kind
+        }
+        width = max((len(where) for places in named.values() for where, _ in places), default=0)
+        for fault, places in named.items():
+            yield from (f"  {where.ljust(width)}  {message}" for where, message in places)
+            if more := fault.count - len(places):
                 yield f"  and {more:,} more in {fault.group}"
 
 

@@ -25,6 +25,7 @@ pytest.importorskip("skimage", reason="the extra `demo` is not installed")
 from data import checks
 from data.check import TRAINER_LIMITS, main
 from data.check_groups import equal_pairs
+from data.check_report import near_paths
 from data.inspect import add_plan_flags, build_plan
 from data.layout import num_tokens
 from data.scan import content_of
@@ -415,6 +416,8 @@ def test_the_text_names_what_the_json_names(broken, capsys):
     for kind, where in PLANTED:
         assert f" {kind}: " in text and where in text, (kind, where)
     assert max(map(len, text.splitlines()[2:9])) < 180  # the table
+    assert f"\npaths are relative to {broken}\n" in text and "\n  data/" in text
+    assert text.count(str(broken)) == 2  # there, and the mixture as it was named
 
 
 def test_the_page_of_a_broken_mixture_is_whole(broken, broken_report):
@@ -426,6 +429,7 @@ def test_the_page_of_a_broken_mixture_is_whole(broken, broken_report):
     assert all(image["alt"] for image in page.images)
     for kind, where in PLANTED:
         assert kind in text and where in text
+    assert text.count(str(broken)) == 2  # what paths are relative to, and the mixture as it was named
 
 
 def test_the_page_shows_samples_as_the_model_gets_them(quickstart, clean_report):
@@ -570,3 +574,22 @@ def test_every_reason_of_the_data_code_is_a_kind_of_fault():
     assert len(reasons) > 20
     unknown = {reason for reason in reasons if checks.kind_of(reason) == "unusable"} - {"unusable"}
     assert not unknown, f"give each a row in CHECKS (data/checks.py): {unknown}"
+
+
+def test_paths_are_relative_to_the_mixture_or_to_the_data_variable(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b"
+    monkeypatch.setenv("WEFT_DATA", f"{tmp_path}/a/b/../../data")
+    told = [
+        (f"{folder}/rows.jsonl:7", "rows.jsonl:7"),
+        (f"the same as '{folder}/x y.png'", "the same as 'x y.png'"),
+        (f"{tmp_path}/a/c.json#image 1", "../c.json#image 1"),
+        (f"{tmp_path}/runs/c.json", "../../runs/c.json"),
+        (f"{tmp_path}/data/c.json and {tmp_path}/data/d", "$WEFT_DATA/c.json and $WEFT_DATA/d"),
+        (f"file://{folder}/c.json", f"file://{folder}/c.json"),
+        (f"/mnt{folder}/c.json", f"/mnt{folder}/c.json"),
+        ("/usr/share/c.json", "/usr/share/c.json"),
+    ]
+    assert [near_paths(text, folder) for text, _ in told] == [short for _, short in told]
+    monkeypatch.delenv("WEFT_DATA")
+    assert near_paths(f"{tmp_path}/data/c.json", folder) == "../../data/c.json"
+    assert near_paths("/data/c.json", Path("/")) == "/data/c.json"
