@@ -1,4 +1,4 @@
-"""How the model falls into units for sharding and recomputation: plain data, read by `train/distributed/sharding.py`."""
+"""How the model falls into units for sharding, recomputation and compilation: plain data for `train/distributed/units.py`."""
 
 from dataclasses import dataclass
 
@@ -12,28 +12,32 @@ class ShardUnit:
     Attributes:
         fqn: its name in the model.
         reshard: free the gathered parameters after forward.
-        recompute: run forward again in backward instead of keeping activations.
+        recompute: a layer of a stack, which may be run again in backward instead of keeping its activations.
+        pieces: its methods that are tensors in, tensors out, whatever the pack looks like: what can be compiled, and run again
+            without what stands between them.
     """
 
     fqn: str
     reshard: bool = True
     recompute: bool = False
+    pieces: tuple[str, ...] = ()
 
 
 def shard_plan(config: BagelConfig) -> tuple[ShardUnit, ...]:
     """Units in the order they run; what is in none belongs to the root."""
-    vit = [
-        *(
-            ShardUnit(f"vit_model.vision_model.encoder.layers.{i}", recompute=True)
-            for i in range(config.vit.num_hidden_layers)
-        ),
+    vit = (
+        *_layers("vit_model.vision_model.encoder.layers", config.vit.num_hidden_layers),
         ShardUnit("vit_model"),
         ShardUnit("connector"),
-    ]
-    llm = [f"language_model.model.layers.{i}" for i in range(config.llm.num_hidden_layers)]
-    heads = [f"heads.{name}" for name in config.heads]
+    )
     return (
         *(vit if config.visual_und else ()),
-        *(ShardUnit(fqn, recompute=True) for fqn in llm),
-        *(ShardUnit(fqn) for fqn in heads),
+        *_layers("language_model.model.layers", config.llm.num_hidden_layers),
+        *(ShardUnit(f"heads.{name}") for name in config.heads),
     )
+
+
+def _layers(stack: str, count: int) -> tuple[ShardUnit, ...]:
+    # Between the two stands attention, whose shape is another for every pack.
+    pieces = ("before_attention", "after_attention")
+    return tuple(ShardUnit(f"{stack}.{i}", recompute=True, pieces=pieces) for i in range(count))

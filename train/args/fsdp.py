@@ -6,7 +6,7 @@ from typing import Literal
 from train.args.flag import flag
 
 Attention = Literal["auto", "split", "batched", "flex"]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 
@@ -33,10 +33,35 @@ class FsdpArgs:
     recompute: bool = flag(
         True, "Run transformer layers again in backward instead of keeping their activations."
     )
+    recompute_mode: Literal["full", "selective"] = flag(
+        "full",
+        "What a layer keeps that is run again: `full` its input alone; `selective` attention and the results of its matrix "
+        "products, so that only the cheap rest is done twice.",
+    )
+    recompute_every: int = flag(1, "Run every n-th layer again; the others keep their activations.", low=1)
+    compile: bool = flag(
+        False,
+        "Compile every layer, but for attention, with torch.compile: some minutes at the start, faster steps.",
+    )
+    compile_backend: Literal["inductor", "aot_eager"] = flag(
+        "inductor", "What --compile compiles with; `aot_eager` only traces, to find out what fails where."
+    )
     param_dtype: Dtype = flag(
-        "bf16", "Precision of forward and backward; the weights themselves are kept in fp32."
+        "bf16",
+        "Precision of forward and backward; the weights themselves are kept in fp32. fp16 scales the loss (--loss_scale) and is "
+        "for GPUs without bf16.",
     )
     reduce_dtype: Dtype = flag("bf16", "Precision in which gradients are summed over ranks.")
+    output_dtype: Dtype = flag("fp32", "Precision of the predictions that the losses see.")
+    loss_scale: float = flag(
+        65536.0,
+        "With --param_dtype or --reduce_dtype fp16: what the loss is multiplied with at first, so that small gradients are not "
+        "rounded to 0. Halved when gradients overflow (that step changes nothing).",
+        low=1,
+    )
+    loss_scale_growth: int = flag(
+        2000, "Steps without overflow after which the loss scale is doubled; 0: it stays as it is.", low=0
+    )
     matmul_precision: Literal["highest", "high", "medium"] = flag(
         "highest", "Inside fp32 matrix products: fp32, TF32, or bf16 products with fp32 sums (torch's names)."
     )

@@ -23,15 +23,16 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.shard_plan import ShardUnit
 from modeling.types import FeatureGrids, HeadOutput, ModelOutput
 from train.args import FsdpArgs
+from train.distributed.units import ROOT, layers, units
+from train.layers import prepare_layers
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CARRIERS = (ModelOutput, HeadOutput, FeatureGrids)
 """Dataclasses in which tensors leave a sharded module. FSDP2 looks for them through pytrees and would miss their gradients."""
@@ -41,53 +42,48 @@ FillValue = Callable[[str, torch.Size], Tensor]
 
 
 def shard_model(
-    model: nn.Module, units: Sequence[ShardUnit], mesh: DeviceMesh, args: FsdpArgs
+    model: nn.Module, plan: Sequence[ShardUnit], mesh: DeviceMesh, args: FsdpArgs
 ) -> tuple[str, ...]:
     """Shard a model in place, inner units before outer ones, the root last.
 
     Args:
         model: whole, on any device (best: meta); freezing must be done.
-        units: how it falls into units. One with fewer parameters of its own than `args.min_unit_params` joins the unit around it.
+        plan: how it falls into units (`train.distributed.units.units`).
         mesh: of `build_mesh`.
-        args: strategy and precision.
+        args: strategy, precision, and what is done to layers.
 
     Returns:
         names of the units that stand alone; the root is not among them.
+
+    Raises:
+        ValueError: if the plan parts tied weights, or there is nothing to compile with.
     """
     for carrier in CARRIERS:
         _make_transparent(carrier)
-    if args.recompute:
-        for unit in units:
-            if unit.recompute:
-                _recompute(model.get_submodule(unit.fqn))
-    keep = args.sharding_strategy in ("SHARD_GRAD_OP", "NO_SHARD")
+    prepare_layers(model, layers(plan, args), args, mesh.device_type)
     flat = (
         mesh["shard"] if mesh["replicate"].size() == 1 else mesh
     )  # a replica group of one would only cost a collective
     # Host memory can be pinned only where there is a GPU.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if args.cpu_offload else OffloadPolicy()
-    claimed: set[int] = set()
-    chosen = []
-    for unit in sorted(units, key=lambda u: -u.fqn.count(".")):
+    chosen = units(model, plan, args)
+    for unit in chosen:
         module = model.get_submodule(unit.fqn)
-        own = [p for p in module.parameters() if id(p) not in claimed]
-        if sum(p.numel() for p in own) < max(1, args.min_unit_params):
-            continue
-        claimed.update(id(p) for p in own)
-        reshard = unit.reshard and not keep
-        inner = _policy(args, root=False)
-        fully_shard(module, mesh=flat, reshard_after_forward=reshard, mp_policy=inner, offload_policy=offload)
-        _guard_outputs(module, unit.fqn)
-        chosen.append(unit.fqn)
-    outer = _policy(args, root=True)
-    fully_shard(model, mesh=flat, reshard_after_forward=False, mp_policy=outer, offload_policy=offload)
-    _guard_outputs(model, "the model")
+        policy = _policy(args, root=unit.fqn == ROOT)
+        fully_shard(
+            module,
+            mesh=flat,
+            reshard_after_forward=unit.reshard,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+        _guard_outputs(module, unit.fqn or "the model")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # gloo has neither an average nor a pre-multiplied sum.
             module.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
-    return tuple(chosen)
+    return tuple(unit.fqn for unit in chosen if unit.fqn != ROOT)
 
 
 def materialise(model: nn.Module, device: torch.device | str, value: FillValue) -> None:
@@ -149,6 +145,13 @@ def sync_gradients(model: nn.Module, on: bool) -> None:
         model.set_requires_gradient_sync(on)
 
 
+def regather(model: nn.Module) -> None:
+    """Let go of all gathered weights: what is changed in the pieces counts from the next forward pass on."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their joint L2 norm is at most `max_norm`; one collective for all of them.
@@ -180,19 +183,14 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def _policy(args: FsdpArgs, *, root: bool) -> MixedPrecisionPolicy:
     # Only the root casts its outputs: a nested unit would feed float32 activations to the next unit's bf16 parameters. The root
     # does not cast its inputs: it would reach into the batch and round the flow's timesteps.
-    param, reduce = DTYPES[args.param_dtype], DTYPES[args.reduce_dtype]
+    param, reduce, output = DTYPES[args.param_dtype], DTYPES[args.reduce_dtype], DTYPES[args.output_dtype]
     mixed = param is not torch.float32
     return MixedPrecisionPolicy(
         param_dtype=param if mixed else None,
         reduce_dtype=reduce if reduce is not param else None,
-        output_dtype=torch.float32 if mixed and root else None,
+        output_dtype=output if root and output is not param else None,
         cast_forward_inputs=mixed and not root,
     )
-
-
-def _recompute(module: nn.Module) -> None:
-    # Not torch's wrapper module: it would change the names of the parameters.
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 @functools.cache
