@@ -132,10 +132,11 @@ def _in_turn(
         else:  # it has ended
             del made[lane]
     while True:
-        yield _nothing(plan)
+        yield filler(plan)
 
 
-def _nothing(plan: StreamPlan) -> PackedBatch:
+def filler(plan: StreamPlan) -> PackedBatch:
+    """The empty pack of a rank whose lanes have ended."""
     return pack([], plan.layout, plan.special, cursor=LaneCursor(lane=NO_LANE))
 
 
@@ -168,7 +169,7 @@ class LaneStreams(IterableDataset[Any]):
                 streams[lane] = LaneStream(self.plan, cursor_of[lane])
             if streams[lane].has_ended:
                 del made[lane], streams[lane]
-                yield _nothing(self.plan)
+                yield filler(self.plan)
             else:
                 made[lane] += 1
                 yield streams[lane].next_pack()

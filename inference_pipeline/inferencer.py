@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -26,10 +25,10 @@ from data.transforms.image import ImageTransform, to_rgb
 from data.types import Kind, Segment
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.choice import Choose, Drawn, likeliest
-from modeling.bagel.decode import Context, Decoder, DrawOptions
+from modeling.bagel.decode import Decoder, DrawOptions, without_last_text
 from modeling.bagel.latents import LatentEncoder
 from modeling.build import load_model
-from modeling.types import HeadOutput
+from modeling.bagel.regions import regions_of
 
 PUBLISHED_TRANSFORMS: dict[str, dict[str, int]] = {
     "vae": {"max_image_size": 1024, "min_image_size": 512, "stride": 16},
@@ -186,14 +185,14 @@ class Inferencer:
             seed: of the first answer's draws; the others count on from it.
         """
         prompts = [self._prompt(r, ("und_image",), THINK_BEFORE_ANSWERING) for r in requests]
-        context = self._read([p.segments for p in prompts])
+        context = self.decoder.read([p.segments for p in prompts])
         choose = _choice(len(prompts), do_sample, temperature, seed)
         written = self.decoder.write(context, max_new_tokens, choose)
         found = self.decoder.perceive(context, written)
         answers = []
         for request, prompt, said, heads in zip(requests, prompts, written, found, strict=True):
             thought, text = _split(self.tokenizer.decode(said.ids, keep_special=True), request)
-            boxes, masks = _regions(heads, prompt.pictures)
+            boxes, masks = regions_of(heads, prompt.pictures[-1].size if heads else (0, 0))
             answers.append(Answer(text=text, boxes=boxes, masks=masks, thought=thought))
         return answers
 
@@ -231,12 +230,12 @@ class Inferencer:
         options = replace(options, **changes)
         prompts = [self._prompt(r, ("cond_image", "und_image"), THINK_BEFORE_DRAWING) for r in requests]
         sizes = [self._size(p, height, width) for p in prompts]
-        context = self._read([p.segments for p in prompts])
+        context = self.decoder.read([p.segments for p in prompts])
         without_text = without_images = None
         if options.num_contexts > 1:
-            without_text = self._read([p.without_text(self.reading) for p in prompts])
+            without_text = self.decoder.read([p.without_text(self.reading) for p in prompts])
         if options.num_contexts > 2:
-            without_images = self._read([p.texts for p in prompts])
+            without_images = self.decoder.read([p.texts for p in prompts])
         written = self.decoder.write(
             context,
             max_new_tokens,
@@ -251,7 +250,7 @@ class Inferencer:
             requests, prompts, written, found, images, strict=True
         ):
             thought, text = _split(self.tokenizer.decode(said.ids), request)
-            boxes, masks = _regions(heads, prompt.pictures)
+            boxes, masks = regions_of(heads, prompt.pictures[-1].size if heads else (0, 0))
             generations.append(
                 Generation(image=_to_image(image), text=text, thought=thought, boxes=boxes, masks=masks)
             )
@@ -312,20 +311,6 @@ class Inferencer:
             )
         return height, width
 
-    def _read(self, prompts: Sequence[Sequence[Segment]]) -> Context:
-        """Every prompt's segments. In each round, those whose next one is of the same kind go on and the others sit out."""
-        context = self.decoder.start(len(prompts))
-        at = [0] * len(prompts)
-        while waiting := [i for i, prompt in enumerate(prompts) if at[i] < len(prompt)]:
-            kind = prompts[waiting[0]][at[waiting[0]]].kind
-            going = [i for i in waiting if prompts[i][at[i]].kind == kind]
-            round_ = [Segment(kind="text", dropped=True)] * len(prompts)
-            for i in going:
-                round_[i] = prompts[i][at[i]]
-                at[i] += 1
-            self.decoder.prefill(context, round_)
-        return context
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LaidOut:
@@ -345,11 +330,10 @@ class _LaidOut:
 
     def without_text(self, reading: Reading) -> tuple[Segment, ...]:
         """What text guidance compares with."""
-        last = max((i for i, s in enumerate(self.body) if s.kind == "text"), default=len(self.body))
-        after = self.body[last + 1 :]
-        if reading.text_free_before and after:
+        without = without_last_text(self.body)
+        if reading.text_free_before and self.body and self.body[-1].kind != "text":
             return self.segments
-        return self.system + self.body[:last] + after
+        return self.system + without
 
 
 def _choice(count: int, do_sample: bool, temperature: float, seed: int) -> Choose:
@@ -363,29 +347,6 @@ def _split(text: str, request: Prompt) -> tuple[str, str]:
         return "", text
     thought, _, said = rest.partition("</think>")
     return thought.strip(), (before + said).strip()
-
-
-def _regions(
-    heads: list[tuple[str, HeadOutput]], seen: Sequence[Image.Image]
-) -> tuple[list[tuple[float, float, float, float]], list[NDArray[np.bool_]]]:
-    """Boxes in pixels and masks at the size of the picture seen last, each in the order written."""
-    boxes, masks = [], []
-    for head, output in heads:
-        width, height = seen[-1].size
-        if head == "box":
-            x0, y0, x1, y1 = output.boxes[0].tolist()
-            boxes.append((x0 * width, y0 * height, x1 * width, y1 * height))
-        if head == "mask":
-            masks.append(_mask(output, width, height))
-    return boxes, masks
-
-
-def _mask(output: HeadOutput, width: int, height: int) -> NDArray[np.bool_]:
-    """Logits at the transformed size -> mask at the original size; one bilinear step, as nothing was padded or cropped."""
-    logits = output.mask_logits.reshape(1, 1, *output.mask_hw[0])
-    if tuple(logits.shape[2:]) != (height, width):
-        logits = F.interpolate(logits, size=(height, width), mode="bilinear")
-    return (logits[0, 0] > 0).cpu().numpy()
 
 
 def _open(picture: Picture) -> Image.Image:

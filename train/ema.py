@@ -1,6 +1,7 @@
 """Moving average of the trained weights: float32, in the same shards as the weights, 4 bytes per parameter over all ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,24 @@ class Ema:
         averages, weights = zip(*self._pairs(), strict=True) if self._weights else ((), ())
         if averages:
             torch._foreach_lerp_(list(averages), [w.float() for w in weights], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averages for the time of the block; its weights come back unchanged.
+
+        Needs room for a copy of the trained weights' pieces. Sharded weights that are gathered now or at the end of the block
+        have to be gathered anew (`train.distributed.sharding.regather`).
+        """
+        held = [weight.detach().clone() for _, weight in self._pairs()]
+        with torch.no_grad():
+            for average, weight in self._pairs():
+                weight.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for before, (_, weight) in zip(held, self._pairs(), strict=True):
+                    weight.copy_(before)
 
     def with_frozen(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Every parameter of the model by name: averages, and frozen parameters as they are. For export."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.ledger import (
     Account,
@@ -23,6 +23,7 @@ from data.ledger import (
 from data.sources import SourceLost
 from data.types import PackedBatch
 from modeling.bagel.latents import LatentEncoder
+from modeling.types import LossTerm
 from train.args import Args
 from train.checkpoint import Checkpoints
 from train.clock import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, Clock
@@ -208,12 +209,16 @@ def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
     return now
 
 
+def forward(run: Run, model: nn.Module, pack: PackedBatch) -> tuple[LossTerm, ...]:
+    """Every loss of one pack, summed: what training differentiates and validation reports."""
+    flow = run.encoder(pack)
+    return run.objective.terms(model(pack, flow.noised), pack, flow)
+
+
 def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, divisor: Tensor) -> Tensor:
     """Add one pack's gradient; returns its summed losses, `k` float64 on the CPU."""
     with run.clock.phase(FORWARD):
-        flow = run.encoder(pack)
-        output = state.model(pack, flow.noised)
-        terms = run.objective.terms(output, pack, flow)
+        terms = forward(run, state.model, pack)
         loss = run.objective.scalar(terms, divisor)
     with run.clock.phase(BACKWARD):
         loss.backward()

@@ -40,6 +40,7 @@ from train.distributed.sharding import materialise, shard_model
 from train.ema import Ema
 from train.export import export_model, require_replaceable
 from train.flops import peak_tflops
+from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
 from train.objective import Objective
@@ -49,6 +50,7 @@ from train.published import start_up_lines
 from train.report import Reporter, wandb_starter
 from train.source import model_source
 from train.state import TrainState
+from train.validation import Validation, validation_plan, validation_specs
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,16 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = Tokenizer(source.tokenizer_path)
         specs = load_mixture(args.data.dataset_config_file)
         groups = build_groups(specs, tokenizer, args.data.index_cache_dir)
-        require_heads(source.config, groups, source.model_path)
+        val_groups = build_groups(validation_specs(args), tokenizer, args.data.index_cache_dir)
+        require_heads(source.config, (*groups, *val_groups), source.model_path)
         checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
         start = checkpoints.open(args.checkpoint)
         target = Path(args.checkpoint.results_dir) / "model"
         require_replaceable(target)  # known now, not after the last step
 
-        model = build_model(for_training(source.config, args, groups))  # meta device, plain modules
+        model = build_model(
+            for_training(source.config, args, (*groups, *val_groups))
+        )  # meta device, plain modules
         model.attention = usable_backend(args.fsdp.backend(world.device.type), world.device.type)
         _require_vocabulary(model, tokenizer)
         freeze(model, args.params)
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         vae = load_autoencoder(source.vae_path, world.device)
         plan = StreamPlan.from_flags(args.data, groups, model.config.layout, tokenizer.special)
         if args.train.validate_only:
-            return validate(model, plan, world)
+            return validate(model, plan, val_groups, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
         materialise(model, args.fsdp.home(str(world.device)), values)
 
@@ -120,10 +125,20 @@ def main(argv: list[str] | None = None) -> None:
             ) as reporter,
             closing(journal),
             frozen_stay(model, check=args.params.validate_freezing),
+            closing_all(beside(run, reporter, validation_plan(plan, val_groups), tokenizer)) as hooks,
         ):
+            run = replace(run, hooks=hooks)
             train(run, state, batches, checkpoints, reporter)
         export_model(state, source, target, run=str(args.checkpoint.results_dir))
         logger.info("wrote the trained model to %s", target)
+
+
+def beside(run: Run, reporter: Reporter, val_plan: StreamPlan, tokenizer: Tokenizer) -> tuple[Hook, ...]:
+    """What is done beside training, in the order in which it is done after a step."""
+    hooks: list[Hook] = []
+    if val_plan.groups:
+        hooks.append(Validation(run, val_plan, tokenizer, reporter))
+    return tuple(hooks)
 
 
 def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> BagelConfig:
@@ -194,7 +209,7 @@ def demands(groups: Sequence[Group]) -> dict[str, Demand]:
     }
 
 
-def validate(model: Bagel, plan: StreamPlan, world: World) -> None:
+def validate(model: Bagel, plan: StreamPlan, val_groups: tuple[Group, ...], world: World) -> None:
     """`--validate_only`: show what would be trained on what, and make a sample of the first record of every group.
 
     Raises:
@@ -203,7 +218,7 @@ def validate(model: Bagel, plan: StreamPlan, world: World) -> None:
     for unit in shard_plan(model.config):
         logger.info("unit %s", unit)
     build_loader(plan, rank=world.rank, world_size=world.size, num_workers=0)
-    for group in plan.groups:
+    for group in (*plan.groups, *val_groups):
         made = make_sample(plan, group, lane=0, position=0)
         if isinstance(made, Reject):
             raise ValueError(f"group {group.name}: {made.message}")

@@ -284,11 +284,13 @@ PUBLISHED: Mapping[str, Published] = {
     "ssim_grad_scale": Published("float", {"pixel": 0.1}, part_of="ssim_loss_weight"),
     # Validation
     "enable_validation": Published(
-        "bool", {"validation": False}, _not_built(False, "validation while training")
+        "bool",
+        {"validation": False},
+        why="None means: where there is something to validate on, the mixture's `val:` groups or a file of them",
     ),
-    "val_dataset_config_file": Published("text", {"validation": None}, part_of="enable_validation"),
-    "val_every": Published("int", {"validation": 10}, part_of="enable_validation"),
-    "val_steps": Published("int", {"validation": 50}, part_of="enable_validation"),
+    "val_dataset_config_file": Published("text", {"validation": None}),
+    "val_every": Published("int", {"validation": 10}),
+    "val_steps": Published("int", {"validation": 50}),
 }
 """Flag -> its row. Names and defaults are the published trainers' own; the list is closed."""
 

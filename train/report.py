@@ -4,6 +4,7 @@ In: one `StepReport` per step. `train_log.jsonl` has every step's own values; pr
 `--log_every` steps.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -15,13 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from modeling.optional import require
 from train.args import TrainArgs
 from train.files import reopen_log
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE, TEXT_FILE, TENSORBOARD_DIR = "train_log.jsonl", "log.txt", "tensorboard"
+LOG_FILE, VALIDATION_FILE, TEXT_FILE, TENSORBOARD_DIR = (
+    "train_log.jsonl", "val_log.jsonl", "log.txt", "tensorboard",
+)  # fmt: skip
 COUNT_TAGS = {"ce": "total_ce_tokens", "mse": "total_mse_tokens"}
 """Published names of the terms' counts; other terms' are `total_<term>`."""
 RECENT_STEPS = 50
@@ -113,7 +119,9 @@ class Reporter:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            kept = _set_aside(directory) if first_step == 0 else []
             self._log = reopen_log(directory / LOG_FILE, first_step)
+            self._validations = reopen_log(directory / VALIDATION_FILE, first_step)
             self._handler = logging.FileHandler(directory / TEXT_FILE, encoding="utf-8")
         except OSError as error:
             raise ValueError(
@@ -121,6 +129,12 @@ class Reporter:
             ) from error
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger().addHandler(self._handler)
+        if kept:
+            logger.warning(
+                "%s holds the log of another run, and this one begins anew: kept as %s",
+                directory,
+                ", ".join(kept),
+            )
         self._board = _open_board(directory / TENSORBOARD_DIR, first_step) if tensorboard else None
         self._wandb = None if wandb is None else wandb()
 
@@ -147,6 +161,28 @@ class Reporter:
             self.scalars(report.step, means)
             self._window = []
 
+    def validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take in the figures of a validation, named `val/…`: a line of `val_log.jsonl`, one for people, TensorBoard."""
+        if not self.is_main:
+            return
+        self._validations.write(json.dumps({"step": step, **figures}) + "\n")
+        self._validations.flush()
+        short = {name.removeprefix("val/"): value for name, value in figures.items() if name.count("/") == 1}
+        seconds = short.pop("seconds", 0.0)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in short.items())
+        logger.info("validation at step %d: %s | %s", step, shown, duration(seconds))
+        self.scalars(step, figures)
+
+    def image(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
+        """Show a picture `hh ww 3` in TensorBoard and Weights & Biases."""
+        if not self.is_main:
+            return
+        if self._board is not None:
+            self._board.add_image(tag, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            wandb = require("wandb", package="wandb", extra="tracking", why="--enable_wandb")
+            self._wandb.log({f"{tag}/samples": wandb.Image(pixels)}, step=step)
+
     def note(self, line: str) -> None:
         """Say something between progress lines."""
         if self.is_main:
@@ -168,6 +204,7 @@ class Reporter:
         if not self.is_main:
             return
         self._log.close()
+        self._validations.close()
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
         if self._board is not None:
@@ -251,6 +288,26 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _set_aside(directory: Path) -> list[str]:
+    """Give what an earlier run logged here a number; a log without a line goes unsaid.
+
+    Returns:
+        the new names.
+    """
+    log = directory / LOG_FILE
+    if not log.exists() or not log.stat().st_size:
+        return []
+    number = next(n for n in itertools.count(1) if not log.with_suffix(f".{n}.jsonl").exists())
+    names = []
+    for name in (LOG_FILE, VALIDATION_FILE, TENSORBOARD_DIR):
+        path = directory / name
+        if path.exists():
+            target = path.with_name(f"{path.stem}.{number}{path.suffix}")
+            path.rename(target)
+            names.append(target.name)
+    return names
 
 
 def _short(number: float) -> str:

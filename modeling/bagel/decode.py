@@ -165,22 +165,50 @@ PUBLISHED_RECIPES: Mapping[str, DrawOptions] = {
 class Decoder:
     """Runs a trained model on contexts.
 
+    The model may be one that is being trained, in pieces over ranks: nothing here is computed in inference mode, whose tensors no
+    later backward pass could use.
+
     Args:
         model: in eval mode.
         encoder: the VAE and its latent patches.
         spec, special: layout and tokens of the model directory.
+        device: where it computes; None: where its weights are.
     """
 
-    def __init__(self, model: Bagel, encoder: LatentEncoder, spec: LayoutSpec, special: SpecialTokens):
+    def __init__(
+        self,
+        model: Bagel,
+        encoder: LatentEncoder,
+        spec: LayoutSpec,
+        special: SpecialTokens,
+        device: torch.device | None = None,
+    ):
         self.model, self.encoder, self.spec, self.special = model, encoder, spec, special
-        self.device = model.language_model.lm_head.weight.device
+        self.device = device or model.language_model.lm_head.weight.device
 
     def start(self, batch_size: int) -> Context:
         """An empty context of so many sequences."""
         cache = KVCache(self.model.config.llm.num_hidden_layers, batch_size)
         return Context(cache, [0] * batch_size, [None] * batch_size)
 
-    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[Segment]]) -> Context:
+        """A context that holds every prompt's segments.
+
+        In each round, those whose next segment is of the same kind go on and the others sit out.
+        """
+        context = self.start(len(prompts))
+        at = [0] * len(prompts)
+        while waiting := [i for i, prompt in enumerate(prompts) if at[i] < len(prompt)]:
+            kind = prompts[waiting[0]][at[waiting[0]]].kind
+            going = [i for i in waiting if prompts[i][at[i]].kind == kind]
+            round_ = [Segment(kind="text", dropped=True)] * len(prompts)
+            for i in going:
+                round_[i] = prompts[i][at[i]]
+                at[i] += 1
+            self.prefill(context, round_)
+        return context
+
+    @torch.no_grad()
     def prefill(self, context: Context, segments: Sequence[Segment]) -> ModelOutput:
         """Append one segment to every sequence.
 
@@ -210,7 +238,7 @@ class Decoder:
         self._advance(context, segments)
         return output
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def write(
         self,
         context: Context,
@@ -269,7 +297,7 @@ class Decoder:
                 feed[i] = token
         return [Written(*row) for row in zip(ids, anchors, finished, strict=True)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def perceive(self, context: Context, written: Sequence[Written]) -> list[list[tuple[str, HeadOutput]]]:
         """Boxes and masks of the anchors each sequence wrote, about the picture it saw last; none without a picture."""
         results: list[list[tuple[str, HeadOutput]]] = [[] for _ in written]
@@ -279,10 +307,14 @@ class Decoder:
             grids, number = seen
             image = torch.tensor([number], device=self.device)
             for head, hidden in text.anchors:
-                results[i].append((head, self.model.heads[head](hidden[None], image, grids)))
+                module = self.model.heads[head]
+                # A model in pieces gives float32 whatever it computes in; a head on its own is given what its weights are.
+                dtype = next(module.parameters()).dtype
+                values = replace(grids, values=grids.values.to(dtype))
+                results[i].append((head, module(hidden[None].to(dtype), image, values)))
         return results
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def velocity(self, context: Context, batch: PackedBatch, noised: Tensor, t: float) -> Tensor:
         """Velocity `l (p p z)` of noised images at time `t` behind a context, which is left as it was."""
         return self._behind(context, batch, noised, t).velocity
@@ -295,7 +327,7 @@ class Decoder:
         ]
         return self._pack(context, blanks)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw(
         self,
         context: Context,
@@ -335,7 +367,7 @@ class Decoder:
         x = self.denoise(contexts, batches, torch.cat(noise), options)
         return self.decode(x, [(int(h), int(w)) for h, w in batches[0].gen_hw.tolist()])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def denoise(
         self,
         contexts: Sequence[Context],
@@ -371,7 +403,7 @@ class Decoder:
             x = x - guided * (now - after)
         return x
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Tensor, grid: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Latent patches `l (p p z)` of images of `grid` rows and columns of patches -> their pixels, `3 hh ww` uint8 each."""
         latents = [
@@ -412,6 +444,12 @@ class Decoder:
             layout = lay_out(segment, self.spec, self.special)
             context.cache.lens[i] += layout.length
             context.position[i] += layout.advance
+
+
+def without_last_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """What guidance by text compares with: everything but the last text."""
+    last = max((i for i, s in enumerate(segments) if s.kind == "text"), default=len(segments))
+    return (*segments[:last], *segments[last + 1 :])
 
 
 def guide(velocities: Sequence[Tensor], owner: Tensor, options: DrawOptions) -> Tensor:

@@ -12,6 +12,7 @@ from train.args.optim import OptimArgs
 from train.args.params import ParamArgs
 from train.args.published import PublishedArgs
 from train.args.run import TrainArgs
+from train.args.validation import ValidationArgs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Args:
     fsdp: FsdpArgs = FsdpArgs()
     checkpoint: CheckpointArgs = CheckpointArgs()
     train: TrainArgs = TrainArgs()
+    validation: ValidationArgs = ValidationArgs()
     published: PublishedArgs = PublishedArgs()
 
     def flat(self) -> dict[str, Any]:
@@ -43,5 +45,6 @@ GROUPS: dict[str, Any] = {
     "fsdp": FsdpArgs,
     "checkpoint": CheckpointArgs,
     "train": TrainArgs,
+    "validation": ValidationArgs,
     "published": PublishedArgs,
 }

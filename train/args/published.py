@@ -35,7 +35,3 @@ class PublishedArgs:
     ssim_loss_max_t: float = flag(0.1, "Of the SSIM loss: the largest timestep.", low=0, high=1)
     ssim_window_size: int = flag(11, "Of the SSIM loss: side of the window.", low=1)
     ssim_grad_scale: float = flag(0.1, "Of the SSIM loss: factor of its gradient.", low=0)
-    enable_validation: bool = flag(False, "Validate while training; not built, as the three flags below.")
-    val_dataset_config_file: str | None = flag(None, "Of validation: the mixture.")
-    val_every: int = flag(10, "Of validation: steps between.", low=1)
-    val_steps: int = flag(50, "Of validation: packs.", low=1)
