@@ -24,7 +24,7 @@ from data.dataset_base import DropoutSpec
 from data.layout import loss_tokens, segment_tokens
 from data.mixture import Group
 from data.order import stable_hash
-from data.processes import fork_server
+from data.processes import fork_server, obey_signals
 from data.sources import Record, Source, SourceLost
 from data.sources.record import IMAGE_ERRORS, printable
 from data.stream import StreamPlan, make_sample
@@ -228,6 +228,7 @@ _SCANNER: list["_Scanner"] = []
 
 
 def _start(scanner: "_Scanner") -> None:
+    obey_signals()  # the pool terminates what is left when a process dies
     torch.set_num_threads(1)
     _SCANNER[:] = [scanner]
 

@@ -1,16 +1,23 @@
 """Training checkpoints that survive being killed at any instant, and where a run starts from.
 
-`NNNNNNN/` holds `state/` (tensors of all ranks), `data.json` (step, lane cursors, accounts), `args.json` (every flag) and
-`manifest.json` (size and hash of every other file). It is written as `NNNNNNN.tmp` and renamed when complete, so a directory with
-that name is whole, and nothing in it is read before its hashes match.
+`NNNNNNN/` holds `state/` (tensors of all ranks), `data.json` (step, lane cursors, accounts, generators), `args.json` (every flag)
+and `manifest.json` (size of every other file, hash of every JSON file, figures of the step). It is written as `NNNNNNN.tmp` and
+renamed when complete, so a directory with that name is whole; what is read of it has to be what was written.
+
+Training stands still only while every rank copies its share aside; a thread writes it. What goes wrong there is known to all
+ranks, and raised by the next step, the next save or the end of the run.
 """
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +25,27 @@ from typing import Any
 from torch import Tensor
 
 from train.args import CheckpointArgs
-from train.distributed.collectives import barrier, gather_objects, on_main, rank, world_size
-from train.distributed.dcp import load_tensors, save_tensors, stored_shapes
+from train.distributed.collectives import Group, background_group, gather_objects, on_main, rank, world_size
+from train.distributed.dcp import INDEX, Piece, Saver, StoredTensors, load_tensors, write_index, write_pieces
 from train.files import describe_file, discard, sync_directory, write_json
+from train.hooks import Hook
+from train.report import StepReport
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 STEP_NAME = re.compile(r"\d{7,}")
 LEFTOVER_NAME = re.compile(r"\d{7,}\.(tmp|old)")
-MANIFEST, DATA, ARGS, TENSORS = "manifest.json", "data.json", "args.json", "state"
+MANIFEST, DATA, ARGS, TENSORS, BEST = "manifest.json", "data.json", "args.json", "state", "best.json"
 PUBLISHED_WEIGHTS = (
     "model.safetensors",
     "ema.safetensors",
     "model.safetensors.index.json",
     "ema.safetensors.index.json",
 )
+
+Beside = Callable[[TrainState], Callable[[Path], None]]
+"""What is to stand in a step's directory besides: taken from the state on every rank, written into the draft on rank 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +74,52 @@ class Checkpoints:
         directory: where the steps' directories stand.
         max_checkpoints: newest ones to keep, 0 for all.
         flags: every flag by name, stored with each checkpoint.
+        asynchronous: write in a thread; else `save` returns when everything is on the disk.
+        keep_best: figure (see `note`) whose best step is kept besides the newest ones.
+        best_is_highest: of that figure; else the lowest is the best.
+        timeout_s: how long the writing threads of the ranks wait for each other.
+
+    Attributes:
+        beside: what is to stand in a step's directory besides; nothing unless it is set.
     """
 
-    def __init__(self, directory: Path, max_checkpoints: int, flags: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        max_checkpoints: int,
+        flags: Mapping[str, Any] | None = None,
+        *,
+        asynchronous: bool = False,
+        keep_best: str | None = None,
+        best_is_highest: bool = False,
+        timeout_s: float = 600.0,
+    ):
         self.directory = directory
         self.max_checkpoints = max_checkpoints
         self.flags = dict(flags or {})
+        self.asynchronous = asynchronous
+        self.keep_best = keep_best
+        self.best_is_highest = best_is_highest
+        self.timeout_s = timeout_s
+        self.saved_step: int | None = None
+        self.beside: Beside = lambda state: lambda draft: None
+        self._saver = Saver(aside=asynchronous)
+        self._group: Group | None = None
+        self._writing: _Background | None = None
+        self._figures: dict[str, list[float]] = defaultdict(list)
+
+    @staticmethod
+    def build(args: CheckpointArgs, flags: Mapping[str, Any], timeout_s: float) -> "Checkpoints":
+        """As the flags say."""
+        return Checkpoints(
+            args.directory,
+            args.max_checkpoints,
+            flags,
+            asynchronous=args.async_checkpoint,
+            keep_best=args.keep_best,
+            best_is_highest=args.keep_best_mode == "max",
+            timeout_s=timeout_s,
+        )
 
     def open(self, args: CheckpointArgs) -> Start | None:
         """Make sure that the run can write, and say what it starts from. To be called before anything heavy, on every rank.
@@ -81,31 +133,56 @@ class Checkpoints:
         """
         return on_main(lambda: self._open(args))
 
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Say how good the model is at present: losses of the step, or what validation found.
+
+        The next checkpoint bears the mean of what was noted since the one before. Only rank 0's figures count.
+        """
+        for name, value in figures.items():
+            self._figures[name].append(float(value))
+
     def save(self, state: TrainState) -> Path:
-        """Write the present step; every rank must call.
+        """Write the present step; every rank must call. Waits for the save before.
 
         Returns:
-            its directory.
+            its directory; if `asynchronous`, it will stand there when `finish` has returned.
 
         Raises:
-            ValueError: on every rank, if it cannot be written; what was there before stays valid.
+            ValueError: on every rank, if this one or the one before cannot be written; what was there before stays valid.
         """
+        self.finish()
+        begun = time.perf_counter()
+        share, progress = self._saver.take(state.tensors()), state.progress()
+        beside = self.beside(state)
+        if self._group is None:
+            self._group = background_group(self.timeout_s)
+        figures = {name: sum(values) / len(values) for name, values in self._figures.items()}
+        self._figures.clear()
         final = self.directory / f"{state.step:07d}"
-        draft = final.with_name(final.name + ".tmp")
-        on_main(lambda: self._begin(draft))
-        save_tensors(draft / TENSORS, state.tensors())
-        progress = state.progress()
-        on_main(lambda: write_json(draft / DATA, progress))
-        on_main(lambda: write_json(draft / ARGS, self.flags))
-        barrier()
-        files = _describe_files(draft, _files_in(draft))
-        on_main(
-            lambda: self._complete(
-                draft, final, {"step": state.step, "world_size": world_size(), "files": files}
-            )
-        )
-        logger.info("saved %s", final)
+        self.saved_step = state.step
+        self._writing = _Background(lambda: self._write(final, state.step, share, progress, figures, beside))
+        if self.asynchronous:
+            self._writing.start()
+            logger.info("saving %s (training waited %.2f s)", final, time.perf_counter() - begun)
+        else:
+            self._writing.run()
+            self.finish()
         return final
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has ended badly on this rank; `finish` raises what happened."""
+        return self._writing is not None and self._writing.error is not None
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one; every rank must call.
+
+        Raises:
+            ValueError: on every rank, if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.finish()
 
     def latest(self) -> Path | None:
         """The newest complete step; half-written and foreign directories do not count. Looks at sizes, not yet at hashes."""
@@ -195,22 +272,86 @@ class Checkpoints:
                 f"{self.directory}: cannot write here ({error.strerror}); choose another --results_dir or --checkpoint_dir"
             ) from error
 
-    def _begin(self, draft: Path) -> None:
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / TENSORS).mkdir(parents=True)
+    def _write(
+        self,
+        final: Path,
+        step: int,
+        share: Sequence[tuple[Piece, Tensor]],
+        progress: Mapping[str, Any],
+        figures: Mapping[str, float],
+        beside: Callable[[Path], None],
+    ) -> None:
+        """Everything but taking the tensors. It may run in a thread, so it talks over a group of its own."""
+        draft = final.with_name(final.name + ".tmp")
+        on_main(lambda: _begin(draft), self._group)
+        pieces: list[Piece] = []
+        failure = ""
+        try:
+            if share:
+                pieces = write_pieces(draft / TENSORS, share, f"{rank()}.safetensors")
+        except OSError as error:
+            failure = f"{draft}: rank {rank()} cannot write: {error.strerror}"
+        shares = gather_objects((pieces, failure), self._group)
+        if failures := [line for _, line in shares if line]:
+            raise ValueError(failures[0])
+        manifest = {"step": step, "world_size": world_size(), "figures": figures}
+        everything = [piece for pieces, _ in shares for piece in pieces]
+        on_main(lambda: self._complete(draft, final, everything, progress, manifest, beside), self._group)
 
-    def _complete(self, draft: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        write_json(draft / MANIFEST, manifest)
+    def _complete(
+        self,
+        draft: Path,
+        final: Path,
+        pieces: Sequence[Piece],
+        progress: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        beside: Callable[[Path], None],
+    ) -> None:
+        beside(draft)
+        write_index(draft / TENSORS, pieces)
+        write_json(draft / DATA, progress)
+        write_json(draft / ARGS, self.flags)
+        sync_directory(draft / TENSORS)
+        write_json(draft / MANIFEST, {**manifest, "files": _describe_files(draft)})
         sync_directory(draft)
         if final.exists():  # only a damaged one: `open` refuses to run beside whole ones
             discard(final)
         os.rename(draft, final)
         sync_directory(self.directory)
+        logger.info("saved %s", final)
+        best = self._best(manifest["figures"])
         if self.max_checkpoints:
             # A damaged directory beyond this step must not count as one of the newest: it would push this one out.
             written = [path for path in self._steps() if int(path.name) <= manifest["step"]]
             for path in written[: -self.max_checkpoints]:
-                discard(path)
+                if path != best:
+                    discard(path)
+
+    def _best(self, present: Mapping[str, float]) -> Path | None:
+        """The step with the best figure so far, of those that are still there."""
+        if self.keep_best is None:
+            return None
+        if self.keep_best not in present:
+            there = ", ".join(sorted(present)) or "none"
+            logger.warning(
+                "--keep_best %s: no such figure since the checkpoint before; there were: %s",
+                self.keep_best,
+                there,
+            )
+        figures: dict[Path, float] = {}
+        for path in self._steps():
+            manifest = _read_manifest(path)
+            value = None if manifest is None else manifest.get("figures", {}).get(self.keep_best)
+            if value is not None and math.isfinite(value):
+                figures[path] = value
+        if not figures:
+            return None
+        sign = -1 if self.best_is_highest else 1
+        best = min(figures, key=lambda path: sign * figures[path])  # the earliest, of equals
+        write_json(self.directory / "best.json.tmp", {"step": int(best.name), self.keep_best: figures[best]})
+        os.replace(self.directory / "best.json.tmp", self.directory / BEST)
+        logger.info("best %s so far: %g, in %s", self.keep_best, figures[best], best)
+        return best
 
     def _steps(self) -> list[Path]:
         return _steps_in(self.directory)
@@ -243,17 +384,25 @@ def load_weights(state: TrainState, path: Path, *, from_ema: bool) -> None:
 
 
 def require_intact(path: Path) -> None:
-    """Check every file of a step against its manifest; the ranks share the work, so every rank must call.
+    """Check a step's JSON files against its manifest, and the sizes of the others; every rank must call.
+
+    The tensors' own checksums stand in the index, which is one of those files: they are checked when they are read.
 
     Raises:
         ValueError: on every rank, naming the files that differ.
     """
-    manifest = on_main(lambda: _read_manifest(path))
+    on_main(lambda: _require_intact(path))
+
+
+def _require_intact(path: Path) -> None:
+    manifest = _read_manifest(path)
     if manifest is None:
         raise ValueError(f"{path}: is not a complete checkpoint; delete it to use the one before")
-    expected = manifest["files"]
-    found = _describe_files(path, sorted(expected))
-    damaged = [name for name in sorted(expected) if found[name] != expected[name]]
+    damaged = [
+        name
+        for name, entry in sorted(manifest["files"].items())
+        if "sha256" in entry and describe_file(path / name) != entry
+    ]
     if damaged:
         raise ValueError(
             f"{path}: {', '.join(damaged)} changed since it was written; delete {path.name} to use the one before"
@@ -268,8 +417,14 @@ def _steps_in(directory: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name))
 
 
+def _begin(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / TENSORS).mkdir(parents=True)
+
+
 def _averaged_names(path: Path) -> set[str]:
-    return {name.removeprefix("ema.") for name in stored_shapes(path / TENSORS) if name.startswith("ema.")}
+    names = StoredTensors(path / TENSORS).shapes
+    return {name.removeprefix("ema.") for name in names if name.startswith("ema.")}
 
 
 def _unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -284,14 +439,64 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         complete = all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if complete and {DATA, ARGS, f"{TENSORS}/.metadata"} <= sizes.keys() else None
+    return manifest if complete and {DATA, ARGS, f"{TENSORS}/{INDEX}"} <= sizes.keys() else None
 
 
-def _files_in(path: Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+def _describe_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Every file's size, and the hash of those that have no checksums inside, by name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(path)): describe_file(file)
+        if file.suffix == ".json"
+        else {"bytes": file.stat().st_size}
+        for file in files
+    }
 
 
-def _describe_files(path: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Size and hash of files by name; each rank reads its share."""
-    own = {name: describe_file(path / name) for name in names[rank() :: world_size()]}
-    return {name: entry for share in gather_objects(own) for name, entry in share.items()}
+class _Background:
+    """Something done in a thread, whose failure is kept for whoever waits."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+        self._thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread has to hear of it
+            self.error = error
+
+    def finish(self) -> None:
+        """Wait; raise what went wrong."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+class SaveInBackground(Hook):
+    """Between steps: a save that failed stops every rank; the losses of the steps are figures to choose checkpoints by."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def asks(self) -> bool:
+        return self.checkpoints.failed
+
+    def heard(self, state: TrainState) -> None:
+        self.checkpoints.finish()
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        counted = {name: mean for name, mean in report.losses.items() if report.counts.get(name)}
+        self.checkpoints.note({"loss": report.loss, **counted})
+
+    def close(self) -> None:
+        """What is being written gets its end, also where the run has not ended well; that is the error to tell then."""
+        try:
+            self.checkpoints.finish()
+        except Exception as error:  # noqa: BLE001 - see above
+            logger.warning("the last checkpoint was not written: %s", error)

@@ -4,9 +4,6 @@ A hook is an object made in `train/main.py` and put into `Run.hooks`. All of its
 the row, so a hook may use collectives as long as every rank does.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-
 from train.report import StepReport
 from train.state import TrainState
 
@@ -17,6 +14,16 @@ class Hook:
     def before_step(self, state: TrainState) -> None:
         """A step is about to begin; `state.step` updates are done."""
 
+    def asks(self) -> bool:
+        """Whether something has happened on this rank that every rank has to act on.
+
+        Asked in every step: the answer rides along with the step's counts, so it costs no collective.
+        """
+        return False
+
+    def heard(self, state: TrainState) -> None:
+        """At least one rank asked, and nothing of this step has been done. To end the run, raise: every rank is here."""
+
     def before_update(self, state: TrainState) -> None:
         """The step's whole gradient is there, summed over ranks, neither clipped nor looked at."""
 
@@ -25,12 +32,3 @@ class Hook:
 
     def close(self) -> None:
         """The run ends, well or badly."""
-
-
-@contextmanager
-def closing_all(hooks: Sequence[Hook]) -> Iterator[Sequence[Hook]]:
-    """Close all of them when the block ends, the last first."""
-    with ExitStack() as stack:
-        for hook in hooks:
-            stack.callback(hook.close)
-        yield hooks

@@ -28,7 +28,7 @@ from train.args import Args
 from train.checkpoint import Checkpoints
 from train.clock import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, Clock
 from train.distributed.collectives import all_sum, gather_objects
-from train.distributed.session import World
+from train.distributed.session import Stopped, World
 from train.distributed.sharding import clip_grad_norm, sync_gradients
 from train.hooks import Hook
 from train.objective import Objective, divisors
@@ -76,6 +76,7 @@ def train(
     Raises:
         ValueError: on every rank, if too many records cannot be used, or a loss is not finite.
         SourceLost: on every rank, if a file of the data vanished or changed; what has been trained is saved.
+        Stopped: on every rank, if any of them was asked to end (`--auto_resume` goes on); what has been trained is saved.
     """
     total, every, first = run.args.optim.total_steps, run.args.checkpoint.save_every, state.step
     while state.step < total:
@@ -83,9 +84,10 @@ def train(
             hook.before_step(state)
         try:
             report = training_step(run, state, batches)
-        except SourceLost:
+        except (SourceLost, Stopped):
             if state.step > first and state.step % every:
                 checkpoints.save(state)
+            checkpoints.finish()
             raise
         if report is None:
             reporter.note(f"the data has ended (when_exhausted): stopping after step {state.step} of {total}")
@@ -102,6 +104,7 @@ def train(
             reporter.scalars(state.step, scalars(ledger, state.demands))
         if state.step % every == 0 or state.step == total:
             checkpoints.save(state)
+    checkpoints.finish()
     if lost := format_lost(check_accounts(run, state)):
         reporter.note(lost)
 
@@ -114,6 +117,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
 
     Raises:
         SourceLost: on every rank, if one of them has lost its data: nothing was done.
+        Stopped: likewise, if one of them was asked to end.
     """
     started = time.perf_counter()
     accumulation = run.args.train.gradient_accumulation_steps
@@ -131,14 +135,18 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         sum(run.flops(p) for p in packs),
         sum(not p.is_filler for p in packs),
         lost is not None,
+        *(hook.asks() for hook in run.hooks),
     ]
     with run.clock.phase(COMMUNICATION):
         everywhere = all_sum(torch.cat([own.flatten(), own.new_tensor(extra)]))
     per_pack = everywhere[: own.numel()].view_as(own)
-    tokens, samples, rejects, flops, num_packs, num_lost = everywhere[own.numel() :].tolist()
+    tokens, samples, rejects, flops, num_packs, num_lost, *asked = everywhere[own.numel() :].tolist()
     if num_lost:
         first = next(filter(None, gather_objects("" if lost is None else str(lost))))
         raise SourceLost(first) from lost
+    for hook, num_asked in zip(run.hooks, asked, strict=True):
+        if num_asked:
+            hook.heard(state)
     if not num_packs:
         return None
     counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)

@@ -1,8 +1,10 @@
 """All that a run has to remember: weights, their average, optimizer, step, and where the data stands.
 
-The learning rate is a function of the step, and every random choice about a sample one of its place, so neither has state.
+The learning rate is a function of the step, and every random choice about a sample one of its place, so neither has state. The
+global generators of torch are kept for layers that draw from them (a dropout).
 """
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from data.ledger import Demand, add_amounts
 from data.types import Amount, LaneCursor, amounts_from_json, amounts_to_json
-from train.distributed.collectives import gather_objects, rank
+from train.distributed.collectives import gather_objects, rank, world_size
 from train.ema import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -106,6 +108,7 @@ class TrainState:
             "trained": amounts_to_json(self.all_trained()),
             "demands": {group: demand.to_json() for group, demand in self.demands.items()},
             "lanes": [cursor.to_json() for cursor in self.all_cursors()],
+            "generators": gather_objects(generator_states()),
         }
 
     def load_progress(self, stored: Mapping[str, Any]) -> None:
@@ -113,3 +116,24 @@ class TrainState:
         self.step, self.packs_consumed = int(stored["step"]), int(stored["packs_consumed"])
         self.cursors = {int(lane["lane"]): LaneCursor.from_json(lane) for lane in stored["lanes"]}
         self.trained = amounts_from_json(stored["trained"] if rank() == 0 else {})
+        # They belong to a rank: with another number of ranks, they begin with the seed.
+        if len(stored["generators"]) == world_size():
+            set_generator_states(stored["generators"][rank()])
+
+
+def generator_states() -> dict[str, str]:
+    """Torch's global generators of this rank, JSON-able. What decides about data does not use them; a layer may."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(x.numpy().tobytes()).decode() for device, x in states.items()}
+
+
+def set_generator_states(stored: Mapping[str, str]) -> None:
+    """Take over what `generator_states` gave."""
+    for device, text in stored.items():
+        x = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(x)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(x)

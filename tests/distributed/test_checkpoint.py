@@ -1,21 +1,26 @@
 """A checkpoint restores the run on any number of ranks, and nothing half-written, damaged or foreign is ever taken for one."""
 
+import errno
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.types import Amount, LaneCursor
 from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.distributed.toy import LANES, build, rows, toy_args
+from train import checkpoint
 from train.args import CheckpointArgs
-from train.checkpoint import Checkpoints, Start
-from train.distributed.collectives import rank, world_size
+from train.checkpoint import Checkpoints, SaveInBackground, Start, complete_steps
+from train.distributed.collectives import all_sum, rank, world_size
 from train.distributed.sharding import clip_grad_norm
 from train.optim import set_learning_rates
 from train.state import TrainState
@@ -53,18 +58,22 @@ def run(folder: str, before: int, after: int) -> dict[str, Any]:
     """Continue from the newest checkpoint if there is one, save after `before` steps, go on for `after`."""
     args = toy_args(checkpoint_dir=folder, auto_resume=True)
     state = build(args)
-    checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
+    checkpoints = Checkpoints.build(args.checkpoint, args.flat(), 60)
+    assert checkpoints.asynchronous
     start = checkpoints.open(args.checkpoint)
     if start is not None:
         checkpoints.restore(state, start)
     norms = advance(state, before)
     if before:
         checkpoints.save(state)
-    return summary(state, norms + advance(state, after))
+    norms += advance(state, after)  # while it is written
+    checkpoints.finish()
+    return summary(state, norms)
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any], *, exact: bool) -> None:
-    assert a["progress"] == b["progress"]
+    own = () if exact else ("generators",)  # each rank's
+    assert all(b["progress"][key] == value for key, value in a["progress"].items() if key not in own)
     assert a["tensors"].keys() == b["tensors"].keys()
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-4, "atol": 1e-6}
     for name, value in a["tensors"].items():
@@ -97,7 +106,10 @@ def test_what_a_step_holds_and_how_many_are_kept(tmp_path: Path) -> None:
     assert json.loads((step / "args.json").read_text()) == {"lr": 0.01}
     manifest = json.loads((step / "manifest.json").read_text())
     assert manifest["step"] == 3
-    assert set(manifest["files"]) == {"args.json", "data.json", "state/.metadata", "state/__0_0.distcp"}
+    assert set(manifest["files"]) == {"args.json", "data.json", "state/index.json", "state/0.safetensors"}
+    stored, held = load_file(step / "state" / "0.safetensors"), state.tensors()
+    assert {key.partition("@")[0] for key in stored} == set(held)
+    assert all(torch.equal(x, held[key.partition("@")[0]]) for key, x in stored.items())
 
 
 def saved(tmp_path: Path, steps: int = 2) -> Checkpoints:
@@ -127,7 +139,7 @@ def test_half_written_and_foreign_directories_are_no_checkpoints(tmp_path: Path)
         (tmp_path / name).mkdir()
     (tmp_path / "0000007" / "manifest.json").write_text('{"files": {}}')
     assert checkpoints.latest() == newest
-    data = newest / "state" / "__0_0.distcp"
+    data = newest / "state" / "0.safetensors"
     data.write_bytes(data.read_bytes()[:-1])  # a truncated file
     assert checkpoints.latest() == tmp_path / "0000001"
     (newest / "manifest.json").write_text("{")
@@ -155,7 +167,8 @@ def test_a_save_that_is_killed_at_any_file_leaves_the_last_one(
         real_rename(source, target)  # type: ignore[arg-type]
 
     stops = {
-        "save_tensors": killed,
+        "write_pieces": killed,
+        "write_index": killed,
         "write_json": killed,
         "_describe_files": killed,
         "os.rename": killed_at_the_end,
@@ -192,13 +205,108 @@ def test_a_damaged_later_step_neither_blocks_nor_outlives_good_ones(tmp_path: Pa
 
 def test_a_changed_byte_is_noticed_before_anything_is_read(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
-    file = tmp_path / "0000001" / "state" / ".metadata"
-    content = bytearray(file.read_bytes())
-    content[10] ^= 1
-    file.write_bytes(content)
     state = build(toy_args(), sharded=False)
-    with pytest.raises(ValueError, match=r"state/\.metadata changed since it was written; delete 0000001"):
-        checkpoints.restore(state, Start(path=tmp_path / "0000001"))
+    for name, message in (
+        ("0.safetensors", r"0\.safetensors: optim\.exp_avg_sq\..* changed since it was written"),
+        ("index.json", r"state/index\.json changed since it was written; delete 0000001"),
+    ):
+        file = tmp_path / "0000001" / "state" / name
+        content = bytearray(file.read_bytes())
+        content[-10] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore(state, Start(path=tmp_path / "0000001"))
+
+
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
+    state = build(toy_args(), sharded=False)
+    checkpoints = Checkpoints(tmp_path, 0, asynchronous=True)
+    expected = {}
+    for _ in range(2):
+        advance(state, 1)
+        checkpoints.save(state)
+        expected[state.step] = {name: x.clone() for name, x in state.tensors().items()}
+        with torch.no_grad():
+            for x in state.tensors().values():
+                x.zero_()
+    checkpoints.finish()
+    for step, tensors in expected.items():
+        Checkpoints(tmp_path, 0).restore(state, Start(path=tmp_path / f"{step:07d}"))
+        assert all(torch.equal(state.tensors()[name], x) for name, x in tensors.items())
+
+
+def test_torch_draws_on_where_it_stopped(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    expected = torch.rand(3)
+    checkpoints.restore(build(toy_args(), sharded=False), Start(path=tmp_path / "0000001"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def fail_in_the_background(folder: str) -> tuple[bool, str, str, list[str]]:
+    """The disk of rank 1 is full; the ranks hear of it in the next step's counts."""
+    state = build(toy_args(min_unit_params=0))
+    checkpoints = Checkpoints(Path(folder), 0, asynchronous=True, timeout_s=30)
+    hook = SaveInBackground(checkpoints)
+    checkpoints.save(state)
+    checkpoints.finish()
+    write = checkpoint.write_pieces
+
+    def full(*args: Any) -> Any:
+        if rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    checkpoint.write_pieces = full
+    state.step = 1
+    checkpoints.save(state)
+    asked = 0.0
+    deadline = time.monotonic() + 30
+    while not asked and time.monotonic() < deadline:
+        asked = float(all_sum(torch.tensor(float(hook.asks()))))  # as it rides along in the loop
+    try:
+        hook.heard(state)
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    checkpoint.write_pieces = write
+    checkpoints.save(state)  # it is told once, and the next one works
+    checkpoints.finish()
+    return bool(asked), message, Checkpoints(Path(folder), 0).latest().name, sorted(os.listdir(folder))
+
+
+def test_a_failure_in_the_background_is_told_by_every_rank(tmp_path: Path) -> None:
+    first, second = run_distributed(fail_in_the_background, 2, str(tmp_path))
+    assert first == second
+    asked, message, latest, there = first
+    assert asked and "0000001.tmp: rank 1 cannot write: No space left on device" in message
+    assert (latest, there) == ("0000001", ["0000000", "0000001"])
+
+
+def test_the_best_step_is_kept_besides_the_newest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = build(toy_args(), sharded=False)
+    lowest, highest = (
+        Checkpoints(tmp_path / mode, 2, keep_best="val/ce", best_is_highest=mode == "max")
+        for mode in ("min", "max")
+    )
+    # Step 2 has a mean of 2, step 4 none, step 6 is not finite.
+    figures = {1: [5.0], 2: [1.0, 3.0], 3: [4.0], 4: [], 5: [3.0], 6: [math.nan]}
+    for step, values in figures.items():
+        state.step = step
+        for checkpoints in (lowest, highest):
+            for value in values:
+                checkpoints.note({"val/ce": value, "loss": 1.0})
+            checkpoints.save(state)
+    assert "--keep_best val/ce: no such figure since the checkpoint before; there were: none" in caplog.text
+    for mode, best in (("min", 2), ("max", 1)):
+        steps = [path.name for path in complete_steps(tmp_path / mode)]
+        assert steps == [f"{best:07d}", "0000005", "0000006"]
+    assert json.loads((tmp_path / "min" / "best.json").read_text()) == {"step": 2, "val/ce": 2.0}
+    # A run that goes on knows it from the files.
+    state.step = 7
+    again = Checkpoints(tmp_path / "min", 1, keep_best="val/ce")
+    again.note({"val/ce": 1.5})
+    again.save(state)
+    assert [path.name for path in complete_steps(tmp_path / "min")] == ["0000007"]
 
 
 def test_weights_only_and_from_the_average(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from train.args.flag import flag
 
@@ -14,6 +15,17 @@ class CheckpointArgs:
     checkpoint_dir: str | None = flag(None, "Where checkpoints go; None: `checkpoints` in --results_dir.")
     save_every: int = flag(2000, "Steps between checkpoints; the last step is always saved.", low=1)
     max_checkpoints: int = flag(5, "Newest checkpoints to keep; 0 keeps all.", low=0)
+    async_checkpoint: bool = flag(
+        True,
+        "Write checkpoints while training goes on; takes as much host memory as a rank's share of one. False: training waits.",
+    )
+    keep_best: str | None = flag(
+        None,
+        "Keep also the checkpoint that is best by this figure: loss, a term of it (ce, mse, ...), or one that validation logs.",
+    )
+    keep_best_mode: Literal["min", "max"] = flag(
+        "min", "Whether the lowest or the highest figure is the best."
+    )
     auto_resume: bool = flag(
         False, "Continue from the newest complete checkpoint in --checkpoint_dir, if there is one."
     )

@@ -5,6 +5,7 @@ Where one rank does something for all (`on_main`), its failure is raised on ever
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Group = dist.ProcessGroup
 
 
 def rank() -> int:
@@ -32,22 +34,29 @@ def all_sum(x: Tensor) -> Tensor:
     return y
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in order of rank, on every rank."""
+def gather_objects(value: T, group: Group | None = None) -> list[T]:
+    """Every rank's value, in order of rank, on every rank; `group`: see `background_group`."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_object(value: T) -> T:
+def broadcast_object(value: T, group: Group | None = None) -> T:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def background_group(timeout_s: float) -> Group | None:
+    """All ranks once more, over gloo, for a thread that must not meet the collectives of training; every rank must call."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def barrier() -> None:
@@ -56,7 +65,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_main(action: Callable[[], T]) -> T:
+def on_main(action: Callable[[], T], group: Group | None = None) -> T:
     """Let rank 0 do something and tell the others.
 
     Returns:
@@ -71,7 +80,7 @@ def on_main(action: Callable[[], T]) -> T:
             result = action()
         except (ValueError, OSError, RuntimeError) as error:
             failure = error
-    result, message = broadcast_object((result, None if failure is None else str(failure)))
+    result, message = broadcast_object((result, None if failure is None else str(failure)), group)
     if message is not None:
         raise ValueError(message) from failure
     return result  # type: ignore[return-value]

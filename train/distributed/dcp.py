@@ -1,125 +1,360 @@
-"""Named tensors of all ranks <-> one directory, by torch's distributed checkpoint: it fits any world size and strategy.
+"""Named tensors of all ranks <-> one directory, as torch's distributed checkpoint plans it: it fits any world size and strategy.
 
-The directory's `.metadata` is a pickle that torch itself writes: call `load_tensors` and `stored_shapes` only on files of our own
-whose hashes were checked before (`train/checkpoint.py`).
+Torch's planners say which rank writes which piece, each piece once, and which pieces a rank needs; the files are ours.
+`RANK.safetensors` holds what a rank wrote, `index.json` where every piece of every tensor lies, with its checksum. Nothing is
+pickled, a piece is read straight into its place and checked there, and writing needs no other rank: a thread can do it.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+
+from train.distributed.collectives import gather_objects, rank
+from train.files import write_json
+
+INDEX = "index.json"
+CHUNK_BYTES = 1 << 22
+"""How much is written or read, and checked while it is in the cache, at a time; a multiple of a block."""
+BLOCK_BYTES = 1 << 16
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write every rank's pieces; all ranks must call, with the same names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A box cut out of a tensor, and where it lies.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as safetensors names it.
+        full: shape of the whole tensor.
+        at: corner of the box.
+        shape: its size.
+        file: in the directory; with `offset` and `bytes`, what to read.
+        check: see `Checksum`.
+    """
+
+    name: str
+    dtype: str
+    full: tuple[int, ...]
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+    bytes: int = 0
+    check: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in the safetensors file: of one tensor, several pieces may lie there."""
+        return f"{self.name}@{','.join(map(str, self.at))}"
+
+
+class Checksum:
+    """SHA-256 over the 64-bit sums of blocks of 64 KiB, and over what is left.
+
+    It finds what happens to files (bits that flip, pages that are lost, stale or in another place), as fast as memory can be
+    read. It is no defence against somebody who means to deceive.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, data: Tensor) -> None:
+        """Take in the next bytes, `n` uint8; all but the last call with whole blocks."""
+        whole = data.numel() // BLOCK_BYTES * BLOCK_BYTES
+        if whole:
+            # A piece need not begin where a 64-bit number may.
+            aligned = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()
+            sums = aligned.view(torch.int64).view(-1, BLOCK_BYTES // 8).sum(1)
+            self._digest.update(sums.numpy().data)
+        self._digest.update(data[whole:].numpy().data)
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
+
+class Saver:
+    """Takes this rank's share of the tensors; every piece is one rank's to write.
+
+    Args:
+        aside: copy the share into host memory that is used again for the next save (pinned if it comes from a GPU), so that
+            training can go on while it is written. It costs as much memory as the share.
+    """
+
+    def __init__(self, *, aside: bool):
+        self.aside = aside
+        self._known: list[tuple[str, torch.Size]] = []
+        self._items: list[WriteItem] = []
+        self._copies: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[Piece, Tensor]]:
+        """This rank's pieces with their content as it is now; every rank must call, with the same names.
+
+        The ranks talk with each other the first time, to divide the work, and when names or shapes have changed.
+
+        Returns:
+            the tensors lie in host memory if `aside`, else they are views of the ones that are trained.
+        """
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(tensors), is_coordinator=rank() == 0)
+        known = [(name, x.shape) for name, x in tensors.items()]
+        if known != self._known:
+            shares, _ = planner.create_global_plan(gather_objects(planner.create_local_plan()))
+            self._items = [item for item in shares[rank()].items if _piece(item).shape.count(0) == 0]
+            self._known, self._copies = known, []
+        live = [cast(Tensor, planner.resolve_data(item)) for item in self._items]
+        if self.aside:
+            if not self._copies:
+                self._copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in live]
+            torch._foreach_copy_(self._copies, live, non_blocking=True)
+            if any(x.is_cuda for x in live):
+                torch.cuda.current_stream().synchronize()
+            live = self._copies
+        return [(_piece(item), x) for item, x in zip(self._items, live, strict=True)]
+
+
+def write_pieces(directory: Path, share: Sequence[tuple[Piece, Tensor]], file: str) -> list[Piece]:
+    """Write a rank's pieces into one file, and wait until it is on the disk. No other rank is needed.
+
+    Returns:
+        the pieces with their places, for the index.
+    """
+    places, end = [], 0
+    for _, x in share:
+        size = x.numel() * x.element_size()
+        places.append((end, end + size))
+        end += size
+    entries = {
+        piece.key: {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": place}
+        for (piece, _), place in zip(share, places, strict=True)
+    }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    begin = 8 + len(header)
+    written = []
+    with (directory / file).open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for (piece, x), (start, stop) in zip(share, places, strict=True):
+            check = Checksum()
+            for chunk in _bytes(x.detach().cpu().contiguous()).split(CHUNK_BYTES):
+                check.update(chunk)
+                out.write(chunk.numpy().data)
+            written.append(
+                replace(piece, file=file, offset=begin + start, bytes=stop - start, check=check.hex())
+            )
+        out.flush()
+        os.fsync(out.fileno())
+    return written
+
+
+def write_index(directory: Path, pieces: Iterable[Piece]) -> None:
+    """Write down where all ranks' pieces lie: without it, nothing there can be read."""
+    by_name: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_name[piece.name].append(piece)
+    tensors = {
+        name: {
+            "dtype": parts[0].dtype,
+            "shape": parts[0].full,
+            "pieces": [_without(asdict(p), "name", "dtype", "full") for p in parts],
+        }
+        for name, parts in sorted(by_name.items())
+    }
+    write_json(directory / INDEX, tensors, indent=0)
+
+
+class StoredTensors:
+    """What is in a directory; every piece is checked when it is read.
+
+    Args:
+        directory: with `index.json`, which is read once.
 
     Raises:
-        ValueError: on every rank, if any of them cannot write.
+        ValueError: if the index cannot be read.
     """
-    try:
-        with _alone_on_purpose():
-            dcp.save(
-                dict(tensors),
-                storage_writer=dcp.FileSystemWriter(directory),
-                no_dist=not dist.is_initialized(),
-            )
-    except CheckpointException as error:
-        raise ValueError(f"{directory}: cannot be written: {_cause(error)}") from error
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
+            self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in index.items()}
+            self.pieces = {
+                name: [_stored_piece(name, entry, part) for part in entry["pieces"]]
+                for name, entry in index.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{directory / INDEX}: cannot be read ({type(error).__name__}: {error})"
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, read by this process alone.
+
+        Raises:
+            ValueError: if it cannot be read, or is not what was written.
+        """
+        x = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self.load({name: x})
+        return x
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read this rank's pieces of the given tensors, in place; no other rank is needed.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(tensors), self._metadata(tensors), is_coordinator=False)
+        wanted: dict[str, list[tuple[Piece, ReadItem]]] = defaultdict(list)
+        for item in planner.create_local_plan().items:
+            piece = self._find(item.storage_index)
+            wanted[piece.file].append((piece, item))
+        for file, items in sorted(wanted.items()):
+            path = self.directory / file
+            try:
+                with path.open("rb", buffering=0) as source:
+                    for piece, item in sorted(items, key=lambda pair: pair[0].offset):
+                        _read_piece(source, piece, item, planner.resolve_tensor(item).detach())
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def _metadata(self, names: Iterable[str]) -> Metadata:
+        return Metadata(
+            state_dict_metadata={
+                name: TensorStorageMetadata(
+                    properties=TensorProperties(dtype=self.dtypes[name]),
+                    size=torch.Size(self.shapes[name]),
+                    chunks=[
+                        ChunkStorageMetadata(offsets=torch.Size(p.at), sizes=torch.Size(p.shape))
+                        for p in self.pieces[name]
+                    ],
+                )
+                for name in names
+            }
+        )
+
+    def _find(self, index: MetadataIndex) -> Piece:
+        pieces = self.pieces[index.fqn]
+        if index.index is not None and torch.Size(pieces[index.index].at) == index.offset:
+            return pieces[index.index]
+        return next(p for p in pieces if torch.Size(p.at) == index.offset)
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read into the given tensors, in place; all ranks must call, with the same names.
 
     Raises:
-        ValueError: if a name is missing there or has another shape.
+        ValueError: on every rank, if a name is missing there or has another shape, or a piece is not what was written.
     """
-    stored = stored_shapes(directory)
-    missing = [name for name in tensors if name not in stored]
+    stored = StoredTensors(directory)
+    missing = [name for name in tensors if name not in stored.shapes]
     if missing:
         raise ValueError(
             f"{directory}: has no {_some(missing)}; it belongs to another model or other --freeze flags"
         )
     for name, x in tensors.items():
-        if stored[name] != x.shape:
+        if stored.shapes[name] != x.shape:
             raise ValueError(
-                f"{directory}: {name} has shape {list(stored[name])}, the model needs {list(x.shape)}"
+                f"{directory}: {name} has shape {list(stored.shapes[name])}, the model needs {list(x.shape)}"
             )
+    failure = ""
     try:
-        with _alone_on_purpose():
-            dcp.load(
-                dict(tensors),
-                storage_reader=dcp.FileSystemReader(directory),
-                no_dist=not dist.is_initialized(),
-            )
-    except CheckpointException as error:
-        raise ValueError(f"{directory}: cannot be read: {_cause(error)}") from error
+        stored.load(tensors)
+    except ValueError as error:
+        failure = str(error)
+    if failures := [line for line in gather_objects(failure) if line]:
+        raise ValueError(failures[0])
 
 
-def stored_shapes(directory: Path) -> dict[str, torch.Size]:
-    """Names and full shapes of what is there."""
-    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+def _read_piece(source: BinaryIO, piece: Piece, item: ReadItem, target: Tensor) -> None:
+    """Read one piece and put what is wanted of it into `target`."""
+    dtype = DTYPES[piece.dtype]
+    is_whole = not any(item.storage_offsets) and tuple(item.lengths) == piece.shape
+    in_place = is_whole and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+    box = target if in_place else torch.empty(piece.shape, dtype=dtype)
+    check = Checksum()
+    source.seek(piece.offset)
+    for chunk in _bytes(box).split(CHUNK_BYTES):
+        view = chunk.numpy().data
+        done = 0
+        while done < len(view):
+            count = source.readinto(view[done:])  # type: ignore[attr-defined]  # an unbuffered file has it
+            if not count:
+                raise ValueError(f"{source.name}: ends before {piece.name}: it was cut off")
+            done += count
+        check.update(chunk)
+    if check.hex() != piece.check:
+        raise ValueError(f"{source.name}: {piece.name} changed since it was written")
+    if not in_place:
+        for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            box = box.narrow(axis, start, length)
+        target.copy_(box)
 
 
-class StoredTensors:
-    """What is in a directory, read one tensor at a time, by one process.
-
-    Args:
-        directory: see `load_tensors`; its metadata is read once.
-    """
-
-    def __init__(self, directory: Path):
-        self._reader = _CachedMetadata(directory)
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._entries = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-        self.shapes = {name: tuple(entry.size) for name, entry in self._entries.items()}
-        self.dtypes = {name: entry.properties.dtype for name, entry in self._entries.items()}
-
-    def read(self, name: str) -> Tensor:
-        """One whole tensor.
-
-        Raises:
-            ValueError: if it cannot be read.
-        """
-        tensors = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name])}
-        try:
-            with _alone_on_purpose():
-                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            raise ValueError(f"{self._reader.path}: {name} cannot be read: {_cause(error)}") from error
-        return tensors[name]
+def _piece(item: WriteItem) -> Piece:
+    data = item.tensor_data
+    assert data is not None, f"{item.index.fqn} is no tensor"
+    return Piece(
+        name=item.index.fqn,
+        dtype=SAFETENSORS_DTYPES[data.properties.dtype],
+        full=tuple(data.size),
+        at=tuple(data.chunk.offsets),
+        shape=tuple(data.chunk.sizes),
+    )
 
 
-class _CachedMetadata(dcp.FileSystemReader):
-    """Torch reads all of the metadata again for every load; of a large model that is most of the time."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if not hasattr(self, "_metadata"):
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-
-@contextmanager
-def _alone_on_purpose() -> Iterator[None]:
-    """Tools and tests have no process group, and mean it: torch need not warn."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
-        )
-        yield
+def _stored_piece(name: str, entry: Mapping[str, Any], part: Mapping[str, Any]) -> Piece:
+    return Piece(
+        name=name,
+        dtype=entry["dtype"],
+        full=tuple(entry["shape"]),
+        at=tuple(part["at"]),
+        shape=tuple(part["shape"]),
+        file=part["file"],
+        offset=part["offset"],
+        bytes=part["bytes"],
+        check=part["check"],
+    )
 
 
-def _cause(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {type(cause).__name__}: {cause}"
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+def _without(entry: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in names}
 
 
 def _some(names: list[str], limit: int = 3) -> str:

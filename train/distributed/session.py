@@ -30,7 +30,17 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 1.0
 """How long a rank that may only be a victim waits before it speaks: torchrun ends it within this time if another failed first."""
 
+STOPPED_CODE = 75
+"""Exit code of a run that was asked to end and can be started again (EX_TEMPFAIL of sysexits.h)."""
+
+STOPPED_FILE = "WEFT_STOPPED_FILE"
+"""Set by `train/launch.py`: where a stopped rank leaves a note instead of the code, which torchrun would take for a failure."""
+
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved what it had: the same command goes on with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +94,7 @@ def session(timeout_s: float = 600.0, seed: int = 0) -> Iterator[World]:
 
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
-    """Run an entry point and end the process: 0 when it returns, non-zero at once when it raises.
+    """Run an entry point and end the process: 0 when it returns, `STOPPED_CODE` when it was asked to end, else 1 at once.
 
     A `ValueError` is the user's business and becomes one line (`WEFT_TRACEBACK=1` shows where it came from); anything else keeps
     its traceback. No rank waits for the others, so torchrun ends them within a bounded time.
@@ -95,6 +105,9 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
         if isinstance(stop.code, str):
             sys.stderr.write(stop.code + "\n")
         finish(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+    except Stopped as stop:
+        sys.stderr.write(f"stopped: {stop}\n")
+        finish(_stopped_code())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         finish(130)
@@ -107,7 +120,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
 def finish(code: int = 0) -> NoReturn:
     """End the process without finalising the interpreter. Writers have to be closed before."""
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # data workers do not listen to SIGTERM
     # The interpreter would do this at its end: the semaphores of the loader's queues have names, and the fork server a folder,
     # that outlive the process. A queue's thread may hold them for a moment after the loader is gone.
     util._run_finalizers()  # type: ignore[attr-defined]  # there in every version, not in typeshed
@@ -115,6 +128,14 @@ def finish(code: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _stopped_code() -> int:
+    """The code that tells whoever started this process."""
+    if note := os.environ.get(STOPPED_FILE):
+        Path(note).touch()
+        return 0
+    return STOPPED_CODE
 
 
 def _world() -> World:

@@ -270,11 +270,14 @@ def test_a_wrong_source_is_named(run: Run, tmp_path: Path, capsys: pytest.Captur
     (half / "data.json").unlink()
     assert "0000009: is not a complete checkpoint" in fails(capsys, half, out)
     shutil.copytree(run.step, tmp_path / "half" / "0000010")
-    piece = next((tmp_path / "half" / "0000010" / "state").glob("*.distcp"))
-    data = bytearray(piece.read_bytes())
-    data[-1] ^= 1
-    piece.write_bytes(data)
-    assert f"state/{piece.name} changed since it was written" in fails(
+    state = tmp_path / "half" / "0000010" / "state"
+    index = json.loads((state / "index.json").read_text())
+    name = next(name for name in index if name.startswith("ema."))
+    (entry,) = index[name]["pieces"]
+    data = bytearray((state / entry["file"]).read_bytes())
+    data[entry["offset"]] ^= 1
+    (state / entry["file"]).write_bytes(data)
+    assert f"state/{entry['file']}: {name} changed since it was written" in fails(
         capsys, tmp_path / "half" / "0000010", out
     )
     assert not out.exists()
