@@ -4,6 +4,9 @@ A hook is an object made in `train/main.py` and put into `Run.hooks`. All of its
 the row, so a hook may use collectives as long as every rank does.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
 from train.report import StepReport
 from train.state import TrainState
 
@@ -32,3 +35,12 @@ class Hook:
 
     def close(self) -> None:
         """The run ends, well or badly."""
+
+
+@contextmanager
+def closing_all(hooks: Sequence[Hook]) -> Iterator[Sequence[Hook]]:
+    """Close all of them when the block ends, the last first."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.close)
+        yield hooks
