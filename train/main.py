@@ -31,7 +31,7 @@ from modeling.build import Values, build_model, initial_values, starting_values,
 from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
 from train.args import Args
-from train.checkpoint import Checkpoints, Start
+from train.checkpoint import Checkpoints, SaveInBackground, Start
 from train.clock import Clock
 from train.config import parse_args
 from train.distributed.mesh import build_mesh
@@ -50,6 +50,8 @@ from train.published import start_up_lines
 from train.report import Reporter, wandb_starter
 from train.source import model_source
 from train.state import TrainState
+from train.stop import StopOnSignal
+from train.tuning import tuning_of
 from train.validation import Validation, validation_plan, validation_specs
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """One run, from flags to exported model."""
     args = parse_args(argv)
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
+        stop = StopOnSignal()
         torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
         for line in start_up_lines(args.flat(), world.device.type):
             logger.info("%s", line)
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         groups = build_groups(specs, tokenizer, args.data.index_cache_dir)
         val_groups = build_groups(validation_specs(args), tokenizer, args.data.index_cache_dir)
         require_heads(source.config, (*groups, *val_groups), source.model_path)
-        checkpoints = Checkpoints(args.checkpoint.directory, args.checkpoint.max_checkpoints, args.flat())
+        checkpoints = Checkpoints.build(args.checkpoint, args.flat(), args.train.dist_timeout_s)
         start = checkpoints.open(args.checkpoint)
         target = Path(args.checkpoint.results_dir) / "model"
         require_replaceable(target)  # known now, not after the last step
@@ -125,7 +128,13 @@ def main(argv: list[str] | None = None) -> None:
             ) as reporter,
             closing(journal),
             frozen_stay(model, check=args.params.validate_freezing),
-            closing_all(beside(run, reporter, validation_plan(plan, val_groups), tokenizer)) as hooks,
+            closing_all(
+                (
+                    stop,
+                    SaveInBackground(checkpoints),
+                    *beside(run, reporter, validation_plan(plan, val_groups), tokenizer),
+                )
+            ) as hooks,
         ):
             run = replace(run, hooks=hooks)
             train(run, state, batches, checkpoints, reporter)
