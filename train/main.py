@@ -51,7 +51,6 @@ from train.report import Reporter, wandb_starter
 from train.source import model_source
 from train.state import TrainState
 from train.stop import StopOnSignal
-from train.tuning import tuning_of
 from train.validation import Validation, validation_plan, validation_specs
 
 logger = logging.getLogger(__name__)
