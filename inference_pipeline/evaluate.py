@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path", type=Path, required=True, help="model directory in the published layout"
     )
+    parser.add_argument("--adapter", type=Path, help="adapters trained on it, as a run or PEFT leaves them")
     parser.add_argument("--model_id", default="", help="name in tables; default: name of the model directory")
     parser.add_argument(
         "--data_dir", type=Path, required=True, help="directory with vqa_SPLIT.jsonl, refer_SPLIT.json, ..."
@@ -135,7 +136,9 @@ def evaluate(questions: Sequence[Question], rules: Rules, args: argparse.Namespa
         return
     from inference_pipeline.inferencer import Inferencer
 
-    model = Inferencer.from_model_dir(args.model_path, weights=args.weights, device=args.device)
+    model = Inferencer.from_model_dir(
+        args.model_path, weights=args.weights, device=args.device, adapter=args.adapter
+    )
     progress = Progress(
         total=sum(map(len, waiting)), label=f"[{args.shard + 1}/{args.num_shards}] " * (args.num_shards > 1)
     )

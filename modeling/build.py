@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modeling.adapters import Adapter, open_adapter
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.init import fixed_tables, initial_value
@@ -202,11 +203,46 @@ def load_model(
     weights: str = "ema",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    adapter: str | Path | None = None,
 ) -> Bagel:
-    """The trained model of a directory, ready for inference (in `dtype`, whatever the file has; eval mode)."""
+    """The trained model of a directory, ready for inference.
+
+    Args:
+        model_dir: in the published layout.
+        weights: `ema` or `model`; of the adapters, if there are any.
+        device: of the model.
+        dtype: of the model, whatever the file has.
+        adapter: adapters to be added up with it (`modeling.adapters.find_adapter`).
+
+    Raises:
+        ValueError: naming the file that is missing or does not fit.
+    """
     model = build_model(read_source(model_dir).config).to(dtype)
-    fill_model(model, stored_values(model_dir, model, weights), device)
+    values = (
+        stored_values(model_dir, model, weights)
+        if adapter is None
+        else merged_values(model_dir, model, open_adapter(adapter, weights), weights)
+    )
+    fill_model(model, values, device)
     return model.eval().requires_grad_(False)
+
+
+def merged_values(model_dir: str | Path, model: Bagel, adapter: Adapter, weights: str) -> Values:
+    """Values of a model directory with adapters added up.
+
+    Args:
+        model_dir: of the base.
+        model: what the values are for.
+        adapter: the difference.
+        weights: `ema` or `model`, of the base where the adapters do not say which they were trained on.
+
+    Raises:
+        ValueError: if the base lacks what is needed, or the adapters are not for such a model.
+    """
+    adapter.require_fits(parameter_shapes(model))
+    kind = adapter.base_weights(model_dir, weights)
+    values = stored_values(model_dir, model, kind)
+    return lambda name, shape: adapter.apply(name, values(name, shape))
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def open_weights(file: Path) -> Weights:
     Raises:
         ValueError: naming the file that is missing or damaged.
     """
-    stores = {shard: _open(shard) for shard in _shards(file)}
+    stores = {shard: _open(shard) for shard in weight_files(file)}
     places: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -160,7 +160,8 @@ def _names_tensors(index: Path) -> bool:
         return True  # whatever it is, `open_weights` says what is wrong with it
 
 
-def _shards(file: Path) -> list[Path]:
+def weight_files(file: Path) -> list[Path]:
+    """The files that hold tensors: a safetensors file itself, or all that an index names."""
     if file.suffix != ".json":
         return [file]
     try:

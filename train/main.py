@@ -5,6 +5,7 @@ Reads as the table of contents of a training run; `--help` lists the flags.
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -30,27 +31,28 @@ from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
 from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
-from train.args import Args
+from train.args import Args, FsdpArgs
 from train.checkpoint import Checkpoints, SaveInBackground, Start
 from train.clock import Clock
 from train.config import parse_args
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
-from train.distributed.sharding import materialise, shard_model
+from train.distributed.sharding import DTYPES, materialise, shard_model
+from train.distributed.units import describe_units
 from train.ema import Ema
-from train.export import export_model, require_replaceable
 from train.flops import peak_tflops
 from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
 from train.objective import Objective
 from train.optim import build_optimizer
-from train.param_manager import describe, freeze, frozen_stay, optimizer_groups
+from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale, optimizer_groups
 from train.published import start_up_lines
 from train.report import Reporter, wandb_starter
 from train.source import model_source
 from train.state import TrainState
 from train.stop import StopOnSignal
+from train.tuning import tuning_of
 from train.validation import Validation, validation_plan, validation_specs
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """One run, from flags to exported model."""
-    args = parse_args(argv)
+    args = parse_args(argv, about=sharding)
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
         stop = StopOnSignal()
         torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
@@ -73,29 +75,35 @@ def main(argv: list[str] | None = None) -> None:
         require_heads(source.config, (*groups, *val_groups), source.model_path)
         checkpoints = Checkpoints.build(args.checkpoint, args.flat(), args.train.dist_timeout_s)
         start = checkpoints.open(args.checkpoint)
-        target = Path(args.checkpoint.results_dir) / "model"
-        require_replaceable(target)  # known now, not after the last step
+        tuning = tuning_of(args, source, start)  # other weights, or adapters beside them
+        tuning.require_room()  # known now, not after the last step
 
         model = build_model(
             for_training(source.config, args, (*groups, *val_groups))
         )  # meta device, plain modules
         model.attention = usable_backend(args.fsdp.backend(world.device.type), world.device.type)
         _require_vocabulary(model, tokenizer)
-        freeze(model, args.params)
-        values = first_values(args, source, model, start)
-        if args.params.print_param_details:
-            logger.info("%s", describe(model, args.params, args.optim.lr))
+        base = first_values(args, source, model, start if tuning.reads_start else None)
+        tuning.attach(model, world.device.type)
+        freeze(model, args.params, args.optim.lr)
+        keep_frozen_in(model, DTYPES[args.params.frozen_dtype])
+        values, scale = tuning.values(base), lr_scale(args.params, args.tokens_per_step(world.size))
         mesh = build_mesh(args.fsdp, world.size, world.device.type)
         vae = load_autoencoder(source.vae_path, world.device)
+        if args.params.print_param_details:
+            still = {**tuning.beside(), "vae": (sum(p.numel() for p in vae.parameters()), "frozen")}
+            logger.info("%s", describe(model, args.params, args.optim.lr, scale, still))
         plan = StreamPlan.from_flags(args.data, groups, model.config.layout, tokenizer.special)
         if args.train.validate_only:
-            return validate(model, plan, val_groups, world)
+            return validate(model, plan, val_groups, args.fsdp, world)
         shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
         materialise(model, args.fsdp.home(str(world.device)), values)
+        tuning.complete(model, values, world.device)
 
-        optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
+        optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr, scale), args.optim)
         ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
         state = TrainState.create(model, optimizer, ema, args.data.num_lanes, demands(groups))
+        state.unstored, checkpoints.beside = tuning.unstored, tuning.snapshot
         if start is not None and not start.published:
             checkpoints.restore(state, start)
 
@@ -137,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         ):
             run = replace(run, hooks=hooks)
             train(run, state, batches, checkpoints, reporter)
-        export_model(state, source, target, run=str(args.checkpoint.results_dir))
-        logger.info("wrote the trained model to %s", target)
+        tuning.export(state)
+        logger.info("wrote what was trained to %s", tuning.target)
 
 
 def beside(run: Run, reporter: Reporter, val_plan: StreamPlan, tokenizer: Tokenizer) -> tuple[Hook, ...]:
@@ -217,14 +225,26 @@ def demands(groups: Sequence[Group]) -> dict[str, Demand]:
     }
 
 
-def validate(model: Bagel, plan: StreamPlan, val_groups: tuple[Group, ...], world: World) -> None:
+def sharding(args: Args) -> str:
+    """How the model would be sharded, for `--print_config`; or why that cannot be said."""
+    try:
+        model = build_model(model_source(args.model).config)
+        freeze(model, args.params, args.optim.lr)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        return describe_units(model, shard_plan(model.config), args.fsdp, ranks)
+    except ValueError as error:
+        return f"no shard plan: {error}"
+
+
+def validate(
+    model: Bagel, plan: StreamPlan, val_groups: tuple[Group, ...], fsdp: FsdpArgs, world: World
+) -> None:
     """`--validate_only`: show what would be trained on what, and make a sample of the first record of every group.
 
     Raises:
         ValueError: if a group's first record cannot be used, or the lanes do not suit the ranks.
     """
-    for unit in shard_plan(model.config):
-        logger.info("unit %s", unit)
+    logger.info("%s", describe_units(model, shard_plan(model.config), fsdp, world.size))
     build_loader(plan, rank=world.rank, world_size=world.size, num_workers=0)
     for group in (*plan.groups, *val_groups):
         made = make_sample(plan, group, lane=0, position=0)

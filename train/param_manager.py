@@ -1,12 +1,14 @@
 """Which parameters belong together, which of them are trained, and at what rate.
 
 A row of `PARAM_GROUPS` is all a new group needs, besides its `--freeze_x` and `--x_lr` in `train/args/params.py`. Call `freeze`
-before sharding, `optimizer_groups` after it; both go by parameter names, which sharding leaves as they are.
+before sharding, `optimizer_groups` after it; both go by parameter names, which sharding leaves as they are. The autoencoder is no
+part of the model, and frozen.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ class ParamGroup:
     Attributes:
         pattern: regular expression at the beginning of the parameter's name; the first group that matches has it.
         freeze: flags of `ParamArgs` of which any keeps the group as it is.
-        lr: flags of `ParamArgs` that give its learning rate; the first that is set counts, else `--lr`.
+        lr: flags of `ParamArgs` that give its learning rate; the first that is set counts, else `--lr`. 0 freezes as well.
     """
 
     pattern: str
@@ -33,8 +35,11 @@ class ParamGroup:
 
 
 PARAM_GROUPS: Mapping[str, ParamGroup] = {
+    "lora": ParamGroup(pattern=r".+\.lora_[AB]\.", lr=("lora_lr",)),
     "embeddings": ParamGroup(
-        pattern=r"language_model\.(model\.embed_tokens|lm_head)\.", freeze=("freeze_llm",), lr=("llm_lr",)
+        pattern=r"language_model\.(model\.embed_tokens|lm_head)\.",
+        freeze=("freeze_llm", "freeze_embeddings"),
+        lr=("embeddings_lr", "llm_lr"),
     ),
     "llm_gen": ParamGroup(
         pattern=r"language_model\..*_moe_gen\.",
@@ -56,24 +61,63 @@ PARAM_GROUPS: Mapping[str, ParamGroup] = {
     "mask": ParamGroup(pattern=r"heads\.mask\.", freeze=("freeze_mask",), lr=("mask_lr",)),
 }
 
+EMBEDDING = re.compile(r"\.(embed_tokens|position_embedding)\.weight$")
+
 
 def group_of(name: str) -> str | None:
     """Group that a parameter belongs to, None if no pattern matches."""
     return next((group for group, row in PARAM_GROUPS.items() if re.match(row.pattern, name)), None)
 
 
-def freeze(model: nn.Module, args: ParamArgs) -> None:
+def freeze(model: nn.Module, args: ParamArgs, lr: float = 1.0) -> None:
     """Switch off the gradients of the groups that `args` keeps as they are.
+
+    Args:
+        model: with its adapters.
+        args: what is trained.
+        lr: `--lr`, of groups without a rate of their own; here it only counts whether it is 0.
 
     Raises:
         ValueError: if a trainable parameter is in no group, or nothing is left to train.
     """
-    frozen = {group for group, row in PARAM_GROUPS.items() if any(getattr(args, flag) for flag in row.freeze)}
+    frozen = frozen_groups(args, lr)
     for name, p in model.named_parameters():
         if p.requires_grad and _require_group(name) in frozen:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"nothing is left to train: {', '.join(sorted(frozen))} are all frozen")
+
+
+def frozen_groups(args: ParamArgs, lr: float = 1.0) -> dict[str, str]:
+    """Group that stays as it is -> the flag that says so.
+
+    Raises:
+        ValueError: if `--lora_modules_to_save` names no group.
+    """
+    saved = [word.strip() for word in args.lora_modules_to_save.split(",") if word.strip()]
+    if saved and not args.lora_enable:
+        raise ValueError(f"--lora_modules_to_save {args.lora_modules_to_save}: is for --lora_enable True")
+    if unknown := [name for name in saved if name not in PARAM_GROUPS or name == "lora"]:
+        groups = ", ".join(name for name in PARAM_GROUPS if name != "lora")
+        raise ValueError(f"--lora_modules_to_save {unknown[0]}: is no group of parameters ({groups})")
+    frozen = {}
+    for group, row in PARAM_GROUPS.items():
+        flags = [f"--{flag}" for flag in row.freeze if getattr(args, flag)]
+        if args.lora_enable and group not in ("lora", *saved):
+            flags.append("--lora_enable")
+        if _rate(group, args, lr) == 0:
+            flags.append("a learning rate of 0")
+        if flags:
+            frozen[group] = flags[0]
+    return frozen
+
+
+@torch.no_grad()
+def keep_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let frozen parameters lie in `dtype`; the model is on the meta device."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
 
 
 @contextmanager
@@ -100,38 +144,126 @@ def _fingerprint(p: Tensor) -> bytes:
     return hashlib.blake2b(values.numpy().data).digest()
 
 
-def optimizer_groups(model: nn.Module, args: ParamArgs, lr: float) -> list[dict[str, object]]:
+def optimizer_groups(
+    model: nn.Module, args: ParamArgs, lr: float, scale: float = 1.0
+) -> list[dict[str, object]]:
     """The trainable parameters by group, as `train.optim.build_optimizer` takes them; empty groups are left out.
+
+    Args:
+        model: after freezing.
+        args: what is trained.
+        lr: `--lr`.
+        scale: of every rate (`lr_scale`).
+
+    Returns:
+        each with `name`, `params` and `peak_lr`. With `--no_decay_norm_bias` a group may be there twice, the second time with
+        `weight_decay` 0.
 
     Raises:
         ValueError: if a trainable parameter is in no group.
     """
-    members: dict[str, list[nn.Parameter]] = {group: [] for group in PARAM_GROUPS}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members[_require_group(name)].append(p)
+            spared = args.no_decay_norm_bias and is_spared_decay(name, p)
+            members.setdefault((_require_group(name), spared), []).append(p)
     return [
-        {"name": group, "params": params, "peak_lr": _peak_lr(group, args, lr)}
-        for group, params in members.items()
-        if params
+        {
+            "name": group,
+            "params": members[group, spared],
+            "peak_lr": _rate(group, args, lr) * scale,
+            **({"weight_decay": 0.0} if spared else {}),
+        }
+        for group in PARAM_GROUPS
+        for spared in (False, True)
+        if (group, spared) in members
     ]
 
 
-def describe(model: nn.Module, args: ParamArgs, lr: float) -> str:
-    """A table for people: group, parameters, learning rate or `frozen`."""
+def is_spared_decay(name: str, p: Tensor) -> bool:
+    """Whether `--no_decay_norm_bias` leaves a parameter out: vectors (norms, biases) and tables of embeddings."""
+    return p.ndim < 2 or EMBEDDING.search(name) is not None
+
+
+def lr_scale(args: ParamArgs, tokens_per_step: int) -> float:
+    """What `--auto_scale_lr` multiplies every rate with, 1 without it.
+
+    Args:
+        args: rule and reference.
+        tokens_per_step: expected, over all ranks and micro-batches.
+
+    Raises:
+        ValueError: if there is nothing to compare with.
+    """
+    if not args.auto_scale_lr:
+        return 1.0
+    if not args.lr_reference_batch_size:
+        raise ValueError(
+            f"--auto_scale_lr needs --lr_reference_batch_size: the tokens per step that the rates were chosen for (now "
+            f"{tokens_per_step:,})"
+        )
+    ratio = tokens_per_step / args.lr_reference_batch_size
+    return args.packed_lr_factor * (math.sqrt(ratio) if args.lr_scale_rule == "sqrt" else ratio)
+
+
+def describe(
+    model: nn.Module,
+    args: ParamArgs,
+    lr: float,
+    scale: float = 1.0,
+    beside: Mapping[str, tuple[int, str]] | None = None,
+) -> str:
+    """A table for people: group, parameters, learning rate or what freezes it.
+
+    Args:
+        model: after freezing.
+        args: what is trained.
+        lr: `--lr`.
+        scale: see `optimizer_groups`; rates are shown without and with it if it is not 1.
+        beside: what is used and is no parameter of the model: name -> (numbers, what they are).
+    """
     counts: dict[tuple[str, bool], int] = {}
     for name, p in model.named_parameters():
         key = (group_of(name) or "(fixed tables)", p.requires_grad)
         counts[key] = counts.get(key, 0) + p.numel()
-    lines = [f"{'group':<16}{'parameters':>16}  learning rate"]
+    frozen = frozen_groups(args, lr)
+    head = "learning rate" if scale == 1 else f"learning rate, as given -> times {scale:g}"
+    lines = [f"{'group':<16}{'parameters':>16}  {head}"]
     for (group, trained), count in counts.items():
-        lines.append(f"{group:<16}{count:>16,}  {_peak_lr(group, args, lr) if trained else 'frozen'}")
+        rate = _rate(group, args, lr) if trained else 0.0
+        shown = f"{rate:g}" if scale == 1 else f"{rate:g} -> {rate * scale:g}"
+        why = f" ({frozen[group]})" if group in frozen else ""
+        lines.append(f"{group:<16}{count:>16,}  {shown if trained else f'frozen{why}'}")
+    lines += [f"{name:<16}{count:>16,}  {what}" for name, (count, what) in (beside or {}).items()]
     if args.freeze_und:
         lines.append(
             "freeze_und: no gradient passes the understanding tokens; what they alone use stays as it is"
         )
-    total = sum(count for (_, is_trained), count in counts.items() if is_trained)
-    return "\n".join([*lines, f"{'trained':<16}{total:>16,}  of {sum(counts.values()):,}"])
+    trained_count = sum(count for (_, is_trained), count in counts.items() if is_trained)
+    total = sum(counts.values()) + sum(count for count, _ in (beside or {}).values())
+    return "\n".join(
+        [*lines, f"{'trained':<16}{trained_count:>16,}  of {total:,} ({trained_count / total:.2%})"]
+    )
+
+
+def require_reached(args: ParamArgs, adapted: Collection[str]) -> None:
+    """Stop over adapters in a group that a flag keeps as it is: one of the two was not meant.
+
+    Args:
+        args: what is trained.
+        adapted: names of the matrices' parameters that get an adapter.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in adapted:
+        group = _require_group(name)
+        also = ("freeze_und",) if group == "llm_und" else ()  # no gradient would reach it
+        for flag in (*PARAM_GROUPS[group].freeze, *also):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag} True: keeps {name} as it is, but --lora_target puts an adapter there; leave one out"
+                )
 
 
 def _require_group(name: str) -> str:
@@ -144,6 +276,6 @@ def _require_group(name: str) -> str:
     return group
 
 
-def _peak_lr(group: str, args: ParamArgs, lr: float) -> float:
+def _rate(group: str, args: ParamArgs, lr: float) -> float:
     rates = (getattr(args, flag) for flag in PARAM_GROUPS[group].lr)
     return next((rate for rate in rates if rate is not None), lr)

@@ -31,6 +31,7 @@ class TrainState:
         packs_consumed: packs that all ranks together have trained on.
         trained: what this rank has trained on, by group. The sum over ranks is what counts.
         demands: what the mixture asks of every group.
+        unstored: names of parameters that stand in no checkpoint: frozen, and read again from where the run found them.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class TrainState:
     packs_consumed: int = 0
     trained: dict[str, Amount] = field(default_factory=dict)
     demands: Mapping[str, Demand] = field(default_factory=dict)
+    unstored: frozenset[str] = frozenset()
 
     @staticmethod
     def create(
@@ -76,8 +78,9 @@ class TrainState:
         return result
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter, as stored."""
-        return {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        """Every parameter but `unstored`, as stored."""
+        named = self.model.named_parameters()
+        return {f"model.{n}": p.detach() for n, p in named if n not in self.unstored}
 
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights, as stored."""

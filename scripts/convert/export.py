@@ -2,9 +2,11 @@
 
 In: a step's directory (`RUN/checkpoints/0002400`), or a model directory, to give it another precision or other shards. Out: `OUT`
 with weights, configurations, tokenizer, autoencoder and `manifest.json` (source run, step, code version, SHA-256 of every file).
-One process, one tensor in memory at a time; `OUT` appears when it is complete.
+One process, one tensor in memory at a time; `OUT` appears when it is complete. With `--merge`, in: a run's adapters, a step that
+holds some, or any PEFT directory; they are added up with the weights that they were trained on.
 
     python -m scripts.convert.export runs/quickstart/checkpoints/0002400 runs/quickstart/exported
+    python -m scripts.convert.export runs/lora/adapter runs/lora/exported --merge
 """
 
 import argparse
@@ -12,8 +14,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from modeling.adapters import find_adapter, open_adapter
 from modeling.bagel.init import fixed_tables
-from modeling.build import build_model, parameter_shapes, require_complete, weights_kind
+from modeling.build import build_model, open_kind, parameter_shapes, require_complete, weights_kind
 from modeling.huggingface import EMBEDDINGS
 from modeling.source import TABLES, ModelSource, read_source
 from modeling.tensor_file import Entry, plan_files
@@ -89,6 +92,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model_path",
         help="where the run's model files are now, if they are not where they were when the run started",
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="the source holds adapters: add them to their base"
+    )
     return parser.parse_args(argv)
 
 
@@ -128,7 +134,7 @@ def export(args: argparse.Namespace) -> None:
     if args.source.resolve() == args.target.resolve():
         raise ValueError(f"{args.target}: is what is exported; choose another place for the export")
     require_replaceable(args.target)
-    opened = open_model_directory(args) if is_model_directory(args.source) else open_step(args)
+    opened = opener(args)(args)
     model = build_model(opened.source.config)
     require_complete(opened.store, parameter_shapes(model))
     kept, default = tied_names(model), opened.store.dtypes[EMBEDDINGS]
@@ -152,6 +158,25 @@ def export(args: argparse.Namespace) -> None:
                 sum(part.num_bytes for part in plan) / 1e9)  # fmt: skip
     if notes := beyond_published(opened.source.config):
         logger.info("%s: has what the published programs do not: %s", args.target, ", ".join(notes))
+
+
+def opener(args: argparse.Namespace) -> Callable[[argparse.Namespace], Opened]:
+    """What reads a source like this one.
+
+    Raises:
+        ValueError: if it holds adapters and is not to be merged, or the other way round.
+    """
+    try:
+        adapter = find_adapter(args.source, args.weights or "ema")
+    except ValueError:
+        adapter = None
+    if adapter is not None and not args.merge:
+        raise ValueError(
+            f"{args.source}: holds adapters ({adapter}), not a whole model; add --merge to write their base with them in it"
+        )
+    if args.merge:
+        return open_merged
+    return open_model_directory if is_model_directory(args.source) else open_step
 
 
 def is_model_directory(path: Path) -> bool:
@@ -206,12 +231,39 @@ def open_model_directory(args: argparse.Namespace) -> Opened:
     if file is None:
         raise ValueError(f"{args.source}: has no weights of the kind `{kind}` ({kind}.safetensors)")
     source, store = read_source(args.source), open_weights(file)
-    computed = fixed_tables(source.config)
-    tables = {
-        name: store.read(name) if store.tables.get(name) == tuple(table.shape) else table
-        for name, table in computed.items()
-    }
+    tables = _tables(source, store)
     return Opened(source=source, kind=kind, origin=read_origin(args.source), store=store, tables=tables)
+
+
+def open_merged(args: argparse.Namespace) -> Opened:
+    """Adapters, and the model directory that they are a difference to."""
+    kind = args.weights or "ema"
+    adapter = open_adapter(args.source, kind)
+    if adapter.folder.parent.parent == args.source:  # of a step, which may be damaged
+        require_intact(args.source)
+    base = args.model_path or adapter.record.get("base", {}).get("path")
+    if base is None or not is_model_directory(Path(base)):
+        said = f"their base {base} is not there" if base else "they do not say what they were trained on"
+        raise ValueError(f"{args.source}: {said}; name the model directory with --model_path")
+    weights = adapter.base_weights(base, weights_kind(base, prefer_ema=kind == "ema"))
+    source, store = read_source(base), open_kind(base, weights)
+    adapter.require_fits(parameter_shapes(build_model(source.config)))
+    origin = {key: adapter.record[key] for key in ("run", "step", "base") if key in adapter.record}
+    return Opened(
+        source=source,
+        kind=kind,
+        origin={"adapter": str(args.source), **origin},
+        store=replace(store, _read=lambda name: adapter.apply(name, store.read(name))),
+        tables=_tables(source, store),
+    )
+
+
+def _tables(source: ModelSource, store: Weights) -> dict[str, Tensor]:
+    """The position tables of a model: stored ones, where they are of its size."""
+    return {
+        name: store.read(name) if store.tables.get(name) == tuple(table.shape) else table
+        for name, table in fixed_tables(source.config).items()
+    }
 
 
 def _require_step(path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from train.args.checkpoint import CheckpointArgs
 from train.args.data import DataArgs
 from train.args.fsdp import FsdpArgs
+from train.args.lora import LoraArgs
 from train.args.loss import LossArgs
 from train.args.model import ModelArgs
 from train.args.optim import OptimArgs
@@ -22,6 +23,7 @@ class Args:
     model: ModelArgs = ModelArgs()
     data: DataArgs = DataArgs()
     params: ParamArgs = ParamArgs()
+    lora: LoraArgs = LoraArgs()
     optim: OptimArgs = OptimArgs()
     loss: LossArgs = LossArgs()
     fsdp: FsdpArgs = FsdpArgs()
@@ -29,6 +31,10 @@ class Args:
     train: TrainArgs = TrainArgs()
     validation: ValidationArgs = ValidationArgs()
     published: PublishedArgs = PublishedArgs()
+
+    def tokens_per_step(self, world_size: int) -> int:
+        """Expected tokens of an optimizer step, over all ranks and micro-batches."""
+        return self.data.expected_num_tokens * self.train.gradient_accumulation_steps * world_size
 
     def flat(self) -> dict[str, Any]:
         """Every flag with its value: what a run file holds."""
@@ -40,6 +46,7 @@ GROUPS: dict[str, Any] = {
     "model": ModelArgs,
     "data": DataArgs,
     "params": ParamArgs,
+    "lora": LoraArgs,
     "optim": OptimArgs,
     "loss": LossArgs,
     "fsdp": FsdpArgs,
