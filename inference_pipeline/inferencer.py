@@ -20,15 +20,16 @@ from torch import Tensor
 
 from data.conversation import IMAGE, image_segment, prompt_segments, text_segments
 from data.dataset_base import SkipSample
+from data.rgb_image import to_rgb
 from data.tokens import Tokenizer
-from data.transforms.image import ImageTransform, to_rgb
+from data.transforms.image import ImageTransform
 from data.types import Kind, Segment
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.choice import Choose, Drawn, likeliest
 from modeling.bagel.decode import Decoder, DrawOptions, without_last_text
 from modeling.bagel.latents import LatentEncoder
-from modeling.build import load_model
 from modeling.bagel.regions import regions_of
+from modeling.build import load_model
 
 PUBLISHED_TRANSFORMS: dict[str, dict[str, int]] = {
     "vae": {"max_image_size": 1024, "min_image_size": 512, "stride": 16},
@@ -147,7 +148,6 @@ class Inferencer:
         device: str | torch.device = "cpu",
         reading: Reading = Reading(),  # noqa: B008 - frozen
         dtype: torch.dtype = torch.float32,
-        adapter: str | Path | None = None,
     ) -> "Inferencer":
         """Load a model directory in the published layout.
 
@@ -157,12 +157,11 @@ class Inferencer:
             device: of the model and the autoencoder.
             reading: how prompts are read.
             dtype: of the model and its cache; the autoencoder stays float32.
-            adapter: adapters that are added to it; `weights` then says which of theirs.
 
         Raises:
             ValueError: naming the file that is missing or does not fit.
         """
-        model = load_model(path, weights, device, dtype, adapter)
+        model = load_model(path, weights, device, dtype)
         tokenizer = Tokenizer(path)
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
         decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)

@@ -185,8 +185,8 @@ def sheet(rows: Sequence[Shown]) -> Picture:
 
 
 def _row(row: Shown) -> Picture:
-    tiles = [("seen", _marked(row)), ("asked for", row.target), ("drawn", row.drawn)]
-    tiles = [(name, picture) for name, picture in tiles if picture is not None]
+    places = (("seen", _marked(row)), ("asked for", row.target), ("drawn", row.drawn))
+    tiles = [(name, picture) for name, picture in places if picture is not None]
     lines = [*_wrapped("prompt: ", row.prompt, len(tiles))]
     if row.target_text is not None:
         lines += _wrapped("expected: ", row.target_text, len(tiles)) + _wrapped(

@@ -152,13 +152,6 @@ def regather(model: nn.Module) -> None:
             module.reshard()
 
 
-def regather(model: nn.Module) -> None:
-    """Let go of all gathered weights: what is changed in the pieces counts from the next forward pass on."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their joint L2 norm is at most `max_norm`; one collective for all of them.
