@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -67,11 +67,12 @@ FLAGS = _flag_table()
 """Flag -> its row, in the order of `--help`."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Args:
+def parse_args(argv: Sequence[str] | None = None, about: Callable[[Args], str] = lambda args: "") -> Args:
     """Command line -> arguments. `--help` and `--print_config` print and end the program.
 
     Args:
         argv: without the program's name; None: the process's own.
+        about: what `--print_config` adds to the flags, as YAML comments.
 
     Raises:
         ValueError: naming the flag or the file and key that is wrong, and the nearest one that exists.
@@ -87,7 +88,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     values = {**(read_run_file(Path(run_file)) if run_file else {}), **given}
     args = build_args(values)
     if print_config:
-        sys.stdout.write(yaml.safe_dump(args.flat(), sort_keys=False))
+        comment = "".join(f"# {line}\n" for line in about(args).splitlines())
+        sys.stdout.write(
+            yaml.safe_dump(args.flat(), sort_keys=False) + comment
+        )  # one write: ranks share the screen
         raise SystemExit(0)
     if not args.data.dataset_config_file:
         raise ValueError("--dataset_config_file is required: the YAML file that says what to train on")

@@ -155,16 +155,20 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     for i, pack in enumerate(packs):
         sync_gradients(state.model, on=i == accumulation - 1)
         totals += _forward_backward(run, state, pack, divisor[i])
+    parameters = trained_parameters(state.optimizer)
+    state.loss_scale.unscale(parameters)
     for hook in run.hooks:
         hook.before_update(state)
     with run.clock.phase(OPTIMIZER):
-        norm = clip_grad_norm(trained_parameters(state.optimizer), run.args.optim.max_grad_norm)
-    totals = _require_finite(run, state, packs, totals, norm)
+        norm = clip_grad_norm(parameters, run.args.optim.max_grad_norm)
+    loss_scale = state.loss_scale.value
+    totals, is_update = _require_finite(run, state, packs, totals, norm)
     with run.clock.phase(OPTIMIZER):
         lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
-        state.optimizer.step()
+        if is_update:
+            state.optimizer.step()
+            state.ema.update(state.step)
         state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(state.step)
 
     state.step += 1
     state.packs_consumed += int(num_packs)
@@ -185,6 +189,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         counts=dict(zip(run.objective.weights, counts, strict=True)),
         lr=lr,
         total_norm=float(norm),
+        loss_scale=loss_scale,
         tokens=int(tokens),
         samples=int(samples),
         seconds=time.perf_counter() - started,
@@ -229,18 +234,29 @@ def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, divisor: T
         terms = forward(run, state.model, pack)
         loss = run.objective.scalar(terms, divisor)
     with run.clock.phase(BACKWARD):
-        loss.backward()
+        (loss * state.loss_scale.value).backward()
     return torch.stack([t.total.detach() for t in terms]).double().cpu()
 
 
 def _require_finite(
     run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor
-) -> Tensor:
-    """The totals summed over ranks, if they and the gradient's norm are finite; nothing is updated otherwise."""
+) -> tuple[Tensor, bool]:
+    """The totals summed over ranks, which have to be finite, and whether to update the weights: not over an fp16 overflow."""
     with run.clock.phase(COMMUNICATION):
         everywhere = all_sum(totals)
-    if everywhere.isfinite().all() and norm.isfinite().all():
-        return everywhere
+    if everywhere.isfinite().all():
+        before = state.loss_scale.value
+        if state.loss_scale.overflowed(norm):
+            if run.world.is_main:
+                logger.warning(
+                    "step %d: gradients overflow with a loss scale of %g: the weights stay as they are, the scale is %g now",
+                    state.step + 1,
+                    before,
+                    state.loss_scale.value,
+                )
+            return everywhere, False
+        if norm.isfinite():
+            return everywhere, True
     bad = [
         n
         for n, t in zip(run.objective.weights, totals.tolist(), strict=True)

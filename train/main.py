@@ -44,6 +44,7 @@ from train.flops import peak_tflops
 from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
+from train.loss_scale import LossScale
 from train.objective import Objective
 from train.optim import build_optimizer
 from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale, optimizer_groups
@@ -102,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr, scale), args.optim)
         ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
-        state = TrainState.create(model, optimizer, ema, args.data.num_lanes, demands(groups))
+        loss_scale = LossScale.build(args.fsdp)
+        state = TrainState.create(model, optimizer, ema, args.data.num_lanes, demands(groups), loss_scale)
         state.unstored, checkpoints.beside = tuning.unstored, tuning.snapshot
         if start is not None and not start.published:
             checkpoints.restore(state, start)

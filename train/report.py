@@ -43,13 +43,14 @@ class StepReport:
         losses: mean of each term.
         counts: what each term was divided by.
         lr: by parameter group, as used in this step.
-        total_norm: of the gradients, before clipping.
+        total_norm: of the gradients, before clipping; not finite where fp16 gradients overflowed and nothing was updated.
         tokens, samples: trained on.
         seconds: of wall time.
         flops: operations that the step needs.
         peak_tflops: what all devices together can do; 0 if that is not known.
         memory_mib: highest on this rank's accelerator: `mem_allocated`, `mem_cache`.
         phases: seconds of rank 0's step by phase (train/clock.py).
+        loss_scale: what the loss was multiplied with (train/loss_scale.py).
     """
 
     step: int
@@ -65,6 +66,7 @@ class StepReport:
     peak_tflops: float = 0.0
     memory_mib: Mapping[str, float] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: float = 1.0
 
     @property
     def top_lr(self) -> float:
@@ -80,7 +82,8 @@ class StepReport:
                 name: mean for name, mean in self.losses.items() if self.counts.get(name)
             },  # no value where none was counted
             "lr": self.top_lr,
-            "total_norm": self.total_norm,
+            "total_norm": self.total_norm if math.isfinite(self.total_norm) else None,
+            **({"loss_scale": self.loss_scale} if self.loss_scale != 1.0 else {}),
             "tokens_per_sec": round(self.tokens / self.seconds, 1),
             "samples_per_sec": round(self.samples / self.seconds, 2),
             "time": round(time.time(), 3),
@@ -250,7 +253,10 @@ def window_means(window: list[StepReport]) -> dict[str, float]:
         means[COUNT_TAGS.get(name, f"total_{name}")] = sum(counts)
     means["lr"] = last.top_lr
     means.update({f"lr_{group}": rate for group, rate in last.lr.items()})
-    means["total_norm"] = sum(r.total_norm for r in window) / len(window)
+    norms = [r.total_norm for r in window if math.isfinite(r.total_norm)]
+    means["total_norm"] = sum(norms) / len(norms) if norms else math.nan
+    if last.loss_scale != 1.0:
+        means["loss_scale"] = last.loss_scale
     means["total_samples"] = samples
     means["tokens_per_step"] = tokens / len(window)
     means["tokens_per_sec"] = tokens / seconds

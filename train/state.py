@@ -16,6 +16,7 @@ from data.ledger import Demand, add_amounts
 from data.types import Amount, LaneCursor, amounts_from_json, amounts_to_json
 from train.distributed.collectives import gather_objects, rank, world_size
 from train.ema import Ema
+from train.loss_scale import LossScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,6 +32,7 @@ class TrainState:
         packs_consumed: packs that all ranks together have trained on.
         trained: what this rank has trained on, by group. The sum over ranks is what counts.
         demands: what the mixture asks of every group.
+        loss_scale: what the loss is multiplied with before backward.
         unstored: names of parameters that stand in no checkpoint: frozen, and read again from where the run found them.
     """
 
@@ -42,6 +44,7 @@ class TrainState:
     packs_consumed: int = 0
     trained: dict[str, Amount] = field(default_factory=dict)
     demands: Mapping[str, Demand] = field(default_factory=dict)
+    loss_scale: LossScale = field(default_factory=LossScale)
     unstored: frozenset[str] = frozenset()
 
     @staticmethod
@@ -51,10 +54,17 @@ class TrainState:
         ema: Ema,
         num_lanes: int,
         demands: Mapping[str, Demand] | None = None,
+        loss_scale: LossScale | None = None,
     ) -> "TrainState":
         """The state at the beginning of a run."""
-        cursors = {lane: LaneCursor(lane=lane) for lane in range(num_lanes)}
-        return TrainState(model=model, optimizer=optimizer, ema=ema, cursors=cursors, demands=demands or {})
+        return TrainState(
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            cursors={lane: LaneCursor(lane=lane) for lane in range(num_lanes)},
+            demands=demands or {},
+            loss_scale=loss_scale or LossScale(),
+        )
 
     def consume(self, cursor: LaneCursor, trained: Mapping[str, Amount]) -> None:
         """Note a pack of this rank as trained on; `packs_consumed` counts all ranks' and is the loop's to raise."""
@@ -110,6 +120,7 @@ class TrainState:
             "packs_consumed": self.packs_consumed,
             "trained": amounts_to_json(self.all_trained()),
             "demands": {group: demand.to_json() for group, demand in self.demands.items()},
+            "loss_scale": self.loss_scale.to_json(),
             "lanes": [cursor.to_json() for cursor in self.all_cursors()],
             "generators": gather_objects(generator_states()),
         }
@@ -119,6 +130,7 @@ class TrainState:
         self.step, self.packs_consumed = int(stored["step"]), int(stored["packs_consumed"])
         self.cursors = {int(lane["lane"]): LaneCursor.from_json(lane) for lane in stored["lanes"]}
         self.trained = amounts_from_json(stored["trained"] if rank() == 0 else {})
+        self.loss_scale.load(stored["loss_scale"])
         # They belong to a rank: with another number of ranks, they begin with the seed.
         if len(stored["generators"]) == world_size():
             set_generator_states(stored["generators"][rank()])

@@ -25,13 +25,14 @@ class Unit:
 
     Attributes:
         fqn: its name; `ROOT` is the model.
-        parameters, trained: in it and in no unit inside it.
+        parameters, trained, size: in it and in no unit inside it; `size` in bytes, as stored.
         reshard: its gathered parameters are freed after forward.
     """
 
     fqn: str
     parameters: int
     trained: int
+    size: int
     reshard: bool
 
 
@@ -68,12 +69,19 @@ def units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs) -> tuple[
     home: dict[int, str] = {}
     for unit in (*sorted(plan, key=lambda u: -u.fqn.count(".")), ShardUnit(ROOT, reshard=False)):
         own = [p for p in model.get_submodule(unit.fqn).parameters() if id(p) not in home]
-        size = sum(p.numel() for p in own)
-        if unit.fqn != ROOT and size < max(1, args.min_unit_params):
+        count = sum(p.numel() for p in own)
+        if unit.fqn != ROOT and count < max(1, args.min_unit_params):
             continue
         home.update((id(p), unit.fqn) for p in own)
-        trained = sum(p.numel() for p in own if p.requires_grad)
-        found.append(Unit(fqn=unit.fqn, parameters=size, trained=trained, reshard=unit.reshard and not keep))
+        found.append(
+            Unit(
+                fqn=unit.fqn,
+                parameters=count,
+                trained=sum(p.numel() for p in own if p.requires_grad),
+                size=sum(p.numel() * p.element_size() for p in own),
+                reshard=unit.reshard and not keep,
+            )
+        )
     _require_ties_inside(model, [unit.fqn for unit in found], home)
     return tuple(found)
 
@@ -101,8 +109,8 @@ def describe_units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs, 
     how = {layer.fqn: layer for layer in layers(plan, args)}
     lines = [
         f"shard plan: {args.sharding_strategy}, {replicas} x {shards} ranks (replicas x shards), "
-        f"{args.param_dtype} forward and backward, {args.reduce_dtype} sums, {args.output_dtype} outputs, fp32 weights"
-        + (" in host memory" if args.cpu_offload else ""),
+        f"{args.param_dtype} forward and backward, {args.reduce_dtype} sums, {args.output_dtype} outputs"
+        + (", weights in host memory" if args.cpu_offload else ""),
         f"{'unit':<52}{'parameters':>20}{'trained':>16}{'MiB per rank':>14}  after forward",
     ]
     found = units(model, plan, args)
@@ -114,7 +122,7 @@ def describe_units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs, 
             *(["compiled"] if layer and layer.compiled else []),
         ]
         times = f"{names.count} x " if names.count > 1 else ""
-        mib = 4 * unit.parameters * names.count / shards / 2**20
+        mib = unit.size * names.count / shards / 2**20
         lines.append(
             f"{names.text:<52}{times + format(unit.parameters, ','):>20}{unit.trained:>16,}{mib:>14,.1f}  {', '.join(notes)}"
         )
