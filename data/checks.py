@@ -43,11 +43,13 @@ class Seen:
     Attributes:
         size: width and height; (0, 0) if it does not decode.
         orientation: of EXIF; 1 = as stored.
+        mode: Pillow's name for what a pixel is; "" if it does not decode.
         digest: 64 bits of the file's bytes.
     """
 
     size: tuple[int, int]
     orientation: int
+    mode: str
     digest: int
 
 
@@ -209,6 +211,13 @@ def exif_rotation(look: Look) -> str | None:
     for name, seen in look.pictures.items():
         if seen.orientation != 1:
             return f"{name} is stored turned (EXIF orientation {seen.orientation}); it is trained as stored"
+    return None
+
+
+def deep_picture(look: Look) -> str | None:
+    for name, seen in look.pictures.items():
+        if seen.mode.startswith(("I", "F")):
+            return f"{name} has numbers beyond 8 bits (mode {seen.mode}); every one above 255 is trained as white"
     return None
 
 
@@ -437,6 +446,13 @@ CHECKS: Mapping[str, Check] = {
         title="pictures stored turned",
         remedy="turn the pixels (PIL.ImageOps.exif_transpose) and save the file again",
         find=exif_rotation,
+    ),
+    "deep_picture": Check(
+        severity="warning",
+        title="pictures of more than 8 bits a value, as scanners write them: all but the darkest values become white",
+        remedy="choose a window, map it to 0 to 255 and save 8-bit files",
+        find=deep_picture,
+        instead_of=("blank_picture",),
     ),
     "blank_picture": Check(
         severity="warning",

@@ -367,14 +367,14 @@ class _Pinned:
 
 def look_at_picture(content: bytes) -> Seen:
     """What a picture's file says before it is decoded."""
-    size, orientation = (0, 0), 1
+    size, orientation, mode = (0, 0), 1, ""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            size = image.size
+            size, mode = image.size, image.mode
             orientation = int(image.getexif().get(0x0112, 1)) if "exif" in image.info else 1
     except IMAGE_ERRORS:
         pass  # the record is rejected for it
-    return Seen(size=size, orientation=orientation, digest=_hash64(content))
+    return Seen(size=size, orientation=orientation, mode=mode, digest=_hash64(content))
 
 
 def content_of(value: Any) -> Iterator[str]:

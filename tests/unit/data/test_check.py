@@ -176,6 +176,9 @@ def broken(quickstart, tmp_path_factory) -> Path:
         exif[0x0112] = 6
         scene.save(path, exif=exif)
 
+    def deep(path: Path) -> None:
+        Image.fromarray(np.asarray(scene.convert("L"), np.uint16) * 16).save(path)
+
     vqa = root / "data/vqa_train.jsonl"
     plant(vqa, 1, "bad_json", lambda row: json.dumps(row)[:-20])
     plant(vqa, 2, "schema", lambda row: row.pop("message"))
@@ -209,6 +212,7 @@ def broken(quickstart, tmp_path_factory) -> Path:
     )
     plant(vqa, 19, "framing_token", lambda row: row["message"][1].update(value="Three.<|im_end|>"))
     plant(vqa, 20, "exif_rotation", own_picture(root, "turned.jpg", "input_img", turned))
+    plant(vqa, 23, "deep_picture", own_picture(root, "ct.png", "input_img", deep))
     plant(
         vqa,
         21,
