@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from data.dataset_base import DropoutSpec, SkipSample, finish_sample
+from data.doing import at_record
 from data.layout import LayoutSpec, loss_tokens, planned_tokens, splits_of, visible_pairs
 from data.mixture import Group
 from data.order import choose, lane_position, record_index, sample_rng, share_of_lane, uniform
@@ -136,9 +137,11 @@ def _make(
     index = record_index(position, len(group.source), plan.seed, group.name)
     where = f"{group.name} record {index}"
     amount = Amount(samples=1)
+    at_record(where)
     try:
         record = group.source.read(index)
         where = record.where
+        at_record(where)
         sample = group.dataset.to_sample(record, sample_rng(plan.seed, group.name, position, "sample"))
         origin = Origin(group=group.name, lane=lane, position=position, where=where)
         sample = replace(sample, origin=origin, task=sample.task or group.name)

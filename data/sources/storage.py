@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from data.doing import at_file
 from data.sources.record import SkipSample, SourceLost, brief
 from modeling.optional import require
 
@@ -339,6 +340,7 @@ def asked_again(
 ) -> Result:
     """What `read` returns, tried again after each of the pauses while it fails with something that may pass; then its error."""
     for pause in (*pauses_s, None):
+        at_file(what)
         try:
             return read()
         except (SourceLost, SkipSample):
@@ -389,6 +391,7 @@ class FolderFetch:
 
     def _reached(self, name: str, read: Callable[[str], Result]) -> Result:
         path = posixpath.join(self.root, self._inner(name))
+        at_file(path)
         try:
             return read(path)
         except Exception as e:  # noqa: BLE001 - every remote file system raises its own errors
