@@ -4,16 +4,11 @@ A rank owns every `W`-th lane, a worker every `n`-th of these, and whoever owns 
 fewest (`data/order.py`). So any number of ranks and workers can go on from any cursors; where the number of ranks divides that of
 the lanes, the packs that all ranks take in a step are the same ones whatever that number is. A rank whose lanes have ended gives
 empty packs, so that it can take part in the others' steps.
-
-Packs travel from the workers as one block of bytes, not through torch's shared memory: that needs one file
-descriptor per tensor, a large `/dev/shm`, and leaves segments behind when a rank is killed.
 """
 
-import io
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
@@ -22,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.order import lanes_of, next_lane
@@ -30,6 +24,7 @@ from data.packing import pack
 from data.processes import fork_server
 from data.sources import SourceLost
 from data.stream import LaneStream, StreamPlan
+from data.transport import Message, Slots
 from data.types import NO_LANE, LaneCursor, PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -144,7 +139,7 @@ def _pinned(packs: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
     return (batch.pin_memory() for batch in packs)
 
 
-class LaneStreams(IterableDataset[Any]):
+class LaneStreams:
     """The packs of some lanes in turn; where a lane has ended, once an empty pack of no lane in place of its turn.
 
     Args:
@@ -154,10 +149,6 @@ class LaneStreams(IterableDataset[Any]):
 
     def __init__(self, plan: StreamPlan, cursors: Sequence[LaneCursor]):
         self.plan, self.cursors = plan, tuple(cursors)
-
-    def __iter__(self) -> Iterator[Any]:
-        """In a worker: the packs as messages."""
-        return _messages(self.packs())
 
     def packs(self) -> Iterator[PackedBatch]:
         made = {cursor.lane: cursor.packs for cursor in self.cursors}
@@ -196,18 +187,20 @@ class WorkerFailure:
 def _from_worker(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
     """The packs that a worker makes; it starts at once."""
     # No `timeout`: with one, torch looks whether the workers live only when it has passed; without, every 5 s.
+    # The trainer asks for a pack when it is handed one: no more are on their way at a time than there are slots besides its own.
+    slots = Slots(prefetch_factor + 1)
     loader = DataLoader(
-        stream,
+        _Sender(stream, slots),
         batch_size=None,
         num_workers=1,
         prefetch_factor=prefetch_factor,
         worker_init_fn=_start_worker,
-        multiprocessing_context=fork_server(["__main__", "torch", "data.stream"]),
+        multiprocessing_context=fork_server(["__main__", "torch", "data.stream", "numba"]),
     )
-    return _received(iter(loader))
+    return _received(iter(loader), slots)
 
 
-def _received(messages: Iterator[Any]) -> Iterator[PackedBatch]:
+def _received(messages: Iterator[Any], slots: Slots) -> Iterator[PackedBatch]:
     while True:
         try:
             message = next(messages)
@@ -220,7 +213,7 @@ def _received(messages: Iterator[Any]) -> Iterator[PackedBatch]:
             ) from e
         if isinstance(message, WorkerFailure):
             raise message.error()
-        yield pickle.loads(message)
+        yield slots.take(message)
 
 
 def _start_worker(worker: int) -> None:
@@ -238,10 +231,20 @@ def _end_with_trainer() -> None:
         os._exit(1)
 
 
-def _messages(packs: Iterator[PackedBatch]) -> Iterator[bytes | WorkerFailure]:
+class _Sender(IterableDataset[Any]):
+    """What a worker does."""
+
+    def __init__(self, stream: LaneStreams, slots: Slots):
+        self.stream, self.slots = stream, slots
+
+    def __iter__(self) -> Iterator[Message | WorkerFailure]:
+        return _messages(self.stream.packs(), self.slots)
+
+
+def _messages(packs: Iterator[PackedBatch], slots: Slots) -> Iterator[Message | WorkerFailure]:
     try:
         for batch in packs:
-            yield to_bytes(batch)
+            yield slots.put(batch)
     except Exception as e:  # noqa: BLE001 - whatever it is, the trainer has to hear of it
         message, trace = " ".join(str(e).split()), "".join(traceback.format_exception(e))
         for kind in (SourceLost, ValueError):
@@ -249,19 +252,3 @@ def _messages(packs: Iterator[PackedBatch]) -> Iterator[bytes | WorkerFailure]:
                 yield WorkerFailure(kind, message, trace)
                 return
         yield WorkerFailure(RuntimeError, f"data worker: {type(e).__name__}: {message}", trace)
-
-
-class _TensorPickler(pickle.Pickler):
-    """Writes tensors as numpy arrays: small, fast, without shared memory."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            return torch.from_numpy, (obj.numpy(),)
-        return NotImplemented
-
-
-def to_bytes(batch: PackedBatch) -> bytes:
-    """A pack as bytes; `pickle.loads` reads it."""
-    buffer = io.BytesIO()
-    _TensorPickler(buffer, protocol=5).dump(batch)
-    return buffer.getvalue()

@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import loader
-from data.loader import build_loader, to_bytes
+from data.loader import LaneStreams, build_loader
 from data.policy import PackBudget
 from data.stream import StreamPlan
+from data.transport import Slots
 from data.types import LaneCursor, PackedBatch
 from tests.unit.data.toy_groups import group, lengths, plan
 
@@ -162,11 +163,16 @@ def segments(constant: bool) -> st.SearchStrategy[list[Segment]]:
     return st.lists(one(), min_size=2, max_size=4)
 
 
+def through_memory(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
+    slots = Slots(1)
+    return (slots.take(slots.put(batch)) for batch in stream.packs())
+
+
 @contextmanager
 def simulated_workers() -> Iterator[None]:
-    """Workers of this process: each makes the packs of its lanes, which travel as bytes."""
+    """Workers of this process: each makes the packs of its lanes, which travel through memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "_from_worker", lambda s, _: (pickle.loads(to_bytes(b)) for b in s.packs()))
+        patch.setattr(loader, "_from_worker", through_memory)
         yield
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from data.dataset_base import DropoutSpec
 from data.ledger import accounts, add_amounts, count_trained
-from data.loader import build_loader, to_bytes
+from data.loader import build_loader
 from data.order import lanes_of
 from data.policy import PackBudget
 from data.sources import SourceLost
 from data.stream import StreamPlan
+from data.transport import Slots
 from data.types import LaneCursor
 from tests.unit.data.toy_groups import LAYOUT, SPECIAL, fingerprint, group, lengths, mixed_groups
 
@@ -128,7 +129,7 @@ def test_a_pack_travels_as_few_bytes():
     batch = next(loader())
     tensors = []
     batch.map(lambda t: tensors.append(t.nbytes) or t)
-    assert len(to_bytes(batch)) < sum(tensors) + 12_000
+    assert Slots(1).put(batch).num_bytes < sum(tensors) + 12_000
 
 
 def bad_group(fault):
