@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from modeling.qwen2.mot import filled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,9 @@ class ModelOutput:
 
     Attributes:
         hidden: `s d`, the trunk's last state of every token after the final norm.
-        logits: `c vocab`, at the batch's `label_index`.
+        label_states: `c d`, those at the batch's `label_index`.
+        vocabulary: the projection that makes logits of them. It belongs to the root unit (modeling/bagel/shard_plan.py), whose
+            weights are whole from forward to backward; so the loss can make logits block by block, and no pack's exist whole.
         velocity: `l (p p z)`, at every latent patch.
         gen_stream: `l d`, the trunk's state of every latent patch before the final norm; for inference, without gradient.
         grids: the understanding images' features.
@@ -52,11 +57,19 @@ class ModelOutput:
     """
 
     hidden: Tensor
-    logits: Tensor
+    label_states: Tensor
+    vocabulary: nn.Linear
     velocity: Tensor
     gen_stream: Tensor
     grids: FeatureGrids
     heads: Mapping[str, HeadOutput] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, `c vocab`: for inference."""
+        states = filled(self.label_states).to(self.vocabulary.weight.dtype)
+        logits: Tensor = self.vocabulary(states)
+        return logits[: len(self.label_states)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +82,46 @@ class FlowState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossValues:
+    """What a loss says of a pack.
+
+    Attributes:
+        total: float32 scalar with gradient.
+        each: `n` float32 without gradient, what every thing (`Things`) adds to the total.
+    """
+
+    total: Tensor
+    each: Tensor
+
+    @staticmethod
+    def of(each: Tensor) -> "LossValues":
+        """Of a loss that is computed thing by thing, `n`."""
+        return LossValues(total=each.sum(), each=each.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Things:
+    """What a loss sums over, known from the batch alone.
+
+    Attributes:
+        place: `n` int64, place in the packed sequence of a token of each (which says whose sample it is).
+        amount: `n` float32, how much each counts in the divisor.
+    """
+
+    place: Tensor
+    amount: Tensor
+
+    @staticmethod
+    def alike(place: Tensor) -> "Things":
+        """All count 1."""
+        return Things(place=place, amount=torch.ones(len(place), device=place.device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerm:
-    """A summed loss and how many things it was summed over; the division happens once, in `train/objective.py`."""
+    """A loss of a pack by its name, and over what it sums; the division happens once, in `train/objective.py`."""
 
     name: str
     total: Tensor
-    count: Tensor
+    each: Tensor
+    things: Things

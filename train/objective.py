@@ -5,15 +5,15 @@ sum of its count), whatever way the samples fall into packs, micro-batches and r
 published, each micro-batch is divided by its own count (over all ranks), and the micro-batches are averaged.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data.types import PackedBatch
-from modeling.losses import LOSSES
+from modeling.losses import LOSSES, Loss
 from modeling.types import FlowState, LossTerm, ModelOutput
 
 Divisor = Literal["step", "micro_batch"]
@@ -24,34 +24,39 @@ class Objective:
     """The run's losses.
 
     Attributes:
-        weights: loss name -> weight; losses of absent heads and of weight 0 are left out by `build`.
+        weights: loss name -> weight; losses of absent heads are left out by `build`.
+        losses: loss name -> loss, of those and others.
     """
 
     weights: Mapping[str, float]
+    losses: Mapping[str, Loss] = field(default_factory=lambda: LOSSES)
 
     @staticmethod
-    def build(weights: Mapping[str, float], heads: Mapping[str, object]) -> "Objective":
+    def build(
+        weights: Mapping[str, float], heads: Mapping[str, object], losses: Mapping[str, Loss] = LOSSES
+    ) -> "Objective":
         """Keep the losses whose head the model has.
 
         Raises:
             ValueError: if a weight names no loss.
         """
-        if unknown := sorted(set(weights) - set(LOSSES)):
-            raise ValueError(f"no loss is called '{unknown[0]}'; known are {', '.join(LOSSES)}")
-        kept = {n: w for n, w in weights.items() if LOSSES[n].head is None or LOSSES[n].head in heads}
-        return Objective(kept)
+        if unknown := sorted(set(weights) - set(losses)):
+            raise ValueError(f"no loss is called '{unknown[0]}'; known are {', '.join(losses)}")
+        kept = {n: w for n, w in weights.items() if losses[n].head is None or losses[n].head in heads}
+        return Objective(kept, losses)
 
     def counts(self, batch: PackedBatch) -> Tensor:
-        """`k` float64, how many things each loss sums over in this pack; adds up over packs and ranks."""
-        return torch.tensor([LOSSES[name].count(batch) for name in self.weights], dtype=torch.float64)
+        """`k` float64 on the CPU, how much each loss sums over in this pack; adds up over packs and ranks."""
+        amounts = [self.losses[name].things(batch).amount.double().sum() for name in self.weights]
+        return torch.stack(amounts).cpu()
 
     def terms(self, output: ModelOutput, batch: PackedBatch, flow: FlowState) -> tuple[LossTerm, ...]:
         """Every loss of this pack, summed."""
-        totals = [LOSSES[name].total(output, batch, flow) for name in self.weights]
-        counts = self.counts(batch)
+        chosen = {name: self.losses[name] for name in self.weights}
+        values = {name: loss.values(output, batch, flow) for name, loss in chosen.items()}
         return tuple(
-            LossTerm(name=n, total=t, count=c)
-            for n, t, c in zip(self.weights, totals, counts.unbind(), strict=True)
+            LossTerm(name=name, total=values[name].total, each=values[name].each, things=loss.things(batch))
+            for name, loss in chosen.items()
         )
 
     def scalar(self, terms: tuple[LossTerm, ...], divisor: Tensor) -> Tensor:
@@ -66,6 +71,18 @@ class Objective:
             for term, count in zip(terms, divisor.tolist(), strict=True)
         ]
         return torch.stack([p.float() for p in parts]).sum()
+
+
+def by_sample(terms: Sequence[LossTerm], batch: PackedBatch) -> Tensor:
+    """What every sample of a pack adds to every loss and to its count: `2 k s` float64 on the CPU, totals before amounts."""
+    device, samples = batch.position.device, len(batch.sample_lens)
+    ends = torch.tensor(batch.sample_lens, dtype=torch.int64, device=device).cumsum(0)
+    rows = [torch.zeros(samples, dtype=torch.float64, device=device)]
+    for values in (lambda t: t.each, lambda t: t.things.amount):
+        for term in terms:
+            sample = torch.searchsorted(ends, term.things.place, right=True)
+            rows.append(torch.zeros_like(rows[0]).index_add_(0, sample, values(term).double()))
+    return torch.stack(rows).cpu()[1:].view(2, len(terms), samples)
 
 
 def divisors(counts: Tensor, per: Divisor) -> Tensor:

@@ -86,7 +86,8 @@ class Bagel(nn.Module):
         hidden = routing.pack(rows)
         return ModelOutput(
             hidden=hidden,
-            logits=self.language_model.lm_head(hidden[filled(batch.label_index)])[: len(batch.label_index)],
+            label_states=hidden[batch.label_index],
+            vocabulary=self.language_model.lm_head,
             velocity=self.llm2vae(rows.gen)[: len(noised)],
             gen_stream=stream.gen[: len(noised)].detach(),
             grids=grids,

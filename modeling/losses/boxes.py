@@ -4,7 +4,7 @@ from torch import Tensor
 
 from data.types import PackedBatch
 from modeling.ops.boxes import paired_giou
-from modeling.types import FlowState, ModelOutput
+from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 
 def _pairs(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -13,18 +13,18 @@ def _pairs(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     return predicted, region.boxes if region is not None else predicted.detach()
 
 
-def box_l1_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+def box_l1(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
     """Sum over boxes of the mean absolute error of their four coordinates (in [0, 1])."""
     predicted, truth = _pairs(output, batch)
-    return (predicted - truth).abs().mean(1).sum()
+    return LossValues.of((predicted - truth).abs().mean(1))
 
 
-def box_giou_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+def box_giou(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
     """Sum over boxes of 1 - GIoU (arXiv 1902.09630)."""
     predicted, truth = _pairs(output, batch)
-    return (1 - paired_giou(predicted, truth)[1]).sum()
+    return LossValues.of(1 - paired_giou(predicted, truth)[1])
 
 
-def count_boxes(batch: PackedBatch) -> int:
+def boxes(batch: PackedBatch) -> Things:
     """Boxes of the pack."""
-    return len(batch.regions["box"].anchor) if "box" in batch.regions else 0
+    return Things.alike(batch.regions["box"].anchor if "box" in batch.regions else batch.und_index[:0])

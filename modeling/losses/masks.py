@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.types import PackedBatch
-from modeling.types import FlowState, ModelOutput
+from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 DICE_EPS = 1e-3
 
@@ -22,24 +22,25 @@ def _pixels(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Te
     return logits, region.mask_values.to(logits.dtype), owner, area
 
 
-def mask_bce_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+def _per_mask(x: Tensor, owner: Tensor, area: Tensor) -> Tensor:
+    return x.new_zeros(len(area)).index_add(0, owner, x)
+
+
+def mask_bce(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
     """Sum over masks of the mean over pixels of binary cross entropy."""
     logits, truth, owner, area = _pixels(output, batch)
     per_pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return (per_pixel / area[owner]).sum()
+    return LossValues.of(_per_mask(per_pixel / area[owner], owner, area))
 
 
-def mask_dice_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+def mask_dice(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
     """Sum over masks of 1 - Dice with linear sums and eps 1e-3 (LISA, arXiv 2308.00692)."""
     logits, truth, owner, area = _pixels(output, batch)
     p = logits.sigmoid()
-
-    def per_mask(x: Tensor) -> Tensor:
-        return x.new_zeros(len(area)).index_add(0, owner, x)
-
-    return (1 - (2 * per_mask(p * truth) + DICE_EPS) / (per_mask(p) + per_mask(truth) + DICE_EPS)).sum()
+    both, each = _per_mask(p * truth, owner, area), _per_mask(p, owner, area) + _per_mask(truth, owner, area)
+    return LossValues.of(1 - (2 * both + DICE_EPS) / (each + DICE_EPS))
 
 
-def count_masks(batch: PackedBatch) -> int:
+def masks(batch: PackedBatch) -> Things:
     """Masks of the pack."""
-    return len(batch.regions["mask"].anchor) if "mask" in batch.regions else 0
+    return Things.alike(batch.regions["mask"].anchor if "mask" in batch.regions else batch.und_index[:0])

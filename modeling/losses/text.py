@@ -1,28 +1,31 @@
 """Next-token cross entropy."""
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from data.types import PackedBatch
-from modeling.types import FlowState, ModelOutput
+from modeling.ops.cross_entropy import linear_cross_entropy
+from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 
-def ce_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
-    """Sum over labels of the negative log likelihood, float32 scalar."""
-    return F.cross_entropy(output.logits.float(), batch.label_ids, reduction="sum")
+def cross_entropy(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
+    """Sum over labels of the negative log likelihood."""
+    return _weighted(output, batch, labels(batch))
 
 
-def count_labels(batch: PackedBatch) -> int:
+def labels(batch: PackedBatch) -> Things:
     """Supervised tokens of the pack."""
-    return len(batch.label_ids)
+    return Things.alike(batch.label_index)
 
 
-def ce_reweighted_total(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Tensor:
+def cross_entropy_reweighted(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
     """The same, each token weighted by 1/sqrt(length of its text): `--ce_loss_reweighting`, in place of `ce`."""
-    per_token = F.cross_entropy(output.logits.float(), batch.label_ids, reduction="none")
-    return (per_token * batch.label_weight).sum()
+    return _weighted(output, batch, weighted_labels(batch))
 
 
-def sum_label_weights(batch: PackedBatch) -> float:
-    """Sum of the supervised tokens' weights."""
-    return float(batch.label_weight.double().sum())
+def weighted_labels(batch: PackedBatch) -> Things:
+    """Supervised tokens of the pack, each with its weight."""
+    return Things(place=batch.label_index, amount=batch.label_weight)
+
+
+def _weighted(output: ModelOutput, batch: PackedBatch, things: Things) -> LossValues:
+    weight = output.vocabulary.weight
+    total, nll = linear_cross_entropy(output.label_states, weight, batch.label_ids, things.amount)
+    return LossValues(total=total, each=nll * things.amount)

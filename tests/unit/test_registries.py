@@ -35,8 +35,8 @@ DOCUMENTED = {
     **{f"dataset {name}": row for name, row in DATASET_REGISTRY.items()},
     **{f"transform {name}": row for name, row in TRANSFORMS.items()},
     **{f"head {name}": row for name, row in HEADS.items()},
-    **{f"loss {name}": row.total for name, row in LOSSES.items()},
-    **{f"count of {name}": row.count for name, row in LOSSES.items()},
+    **{f"loss {name}": row.values for name, row in LOSSES.items()},
+    **{f"things of {name}": row.things for name, row in LOSSES.items()},
     **{f"metric {name}": row for name, row in METRICS.items()},
     **{f"packing policy {name}": row.next_samples for name, row in POLICIES.items()},
 }
@@ -132,13 +132,19 @@ def loss_term(name: str, samples: list[Sample], model: Bagel) -> LossTerm:
     return term
 
 
+def count(term: LossTerm) -> float:
+    assert term.each.shape == term.things.place.shape == term.things.amount.shape
+    assert term.each.sum().item() == pytest.approx(term.total.item())
+    return float(term.things.amount.sum())
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_sums_over_samples(name: str) -> None:
     model = tiny_model()
     whole = loss_term(name, every_sample(), model)
     alone = [loss_term(name, [sample], model) for sample in every_sample()]
-    assert float(whole.count) > 0 and whole.total.dtype == torch.float32
-    assert float(whole.count) == pytest.approx(sum(float(t.count) for t in alone))
+    assert count(whole) > 0 and whole.total.dtype == torch.float32
+    assert count(whole) == pytest.approx(sum(count(t) for t in alone))
     assert whole.total.item() == pytest.approx(sum(t.total.item() for t in alone), rel=1e-4)
     whole.total.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -148,7 +154,7 @@ def test_loss_sums_over_samples(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in LOSSES if not n.startswith("ce")])
 def test_loss_of_an_absent_modality_is_nothing(name: str) -> None:
     term = loss_term(name, [text_sample()], tiny_model())
-    assert float(term.count) == 0 and term.total.item() == 0 and term.total.requires_grad
+    assert count(term) == 0 and term.total.item() == 0 and term.total.requires_grad
 
 
 def test_every_loss_has_a_weight_flag_and_a_known_head() -> None:
