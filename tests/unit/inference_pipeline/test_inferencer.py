@@ -35,7 +35,7 @@ class Spy(Decoder):
         self.noise_seeds: list[int] = []
 
     def prefill(self, context, segments):  # type: ignore[no-untyped-def]
-        self.read = segments
+        self.last_read = segments
         self.noise_seeds += [s.noise_seed for s in segments if s.kind == "cond_image"]
         return super().prefill(context, segments)
 
@@ -213,7 +213,7 @@ def test_the_tower_sees_pictures_resized_twice_as_published(make) -> None:
     for reading, expected in ((Reading(), once), (AS_PUBLISHED, twice)):
         model = make(reading)
         model.answer([Prompt(images=(tall,))], 1)
-        assert torch.equal(model.decoder.read[0].pixels, expected)
+        assert torch.equal(model.decoder.last_read[0].pixels, expected)
 
 
 def test_the_pictures_of_a_question_share_their_area_and_those_of_an_edit_do_not(make) -> None:
@@ -222,7 +222,7 @@ def test_the_pictures_of_a_question_share_their_area_and_those_of_an_edit_do_not
     for pictures, ask, side in ((two, model.answer, 32), (one, model.answer, 64), (two, model.generate, 64)):
         options = {} if ask == model.answer else {"num_timesteps": 2}
         ask([Prompt(images=pictures)], max_new_tokens=1, **options)
-        assert model.decoder.read[0].pixels.shape[1:] == (side, side)
+        assert model.decoder.last_read[0].pixels.shape[1:] == (side, side)
 
 
 def test_the_size_of_a_drawing(make) -> None:
