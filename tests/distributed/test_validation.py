@@ -21,7 +21,7 @@ from data.types import PackedBatch, Sample
 from modeling.types import FlowState
 from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
-from tests.distributed.test_training_equivalence import FIXED, SAMPLES, build_state, made_pack
+from tests.distributed.tiny_run import FIXED, SAMPLES, build_state, made_pack
 from tests.unit.data.toy_groups import NumberSource
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, tiny_config
 from train.config import build_args
