@@ -11,11 +11,10 @@ from math import isfinite
 from typing import Any, Literal
 
 from data.conversation import IMAGE
-from data.dataset_base import TaskDataset
+from data.dataset_base import RECORD_ERRORS, TaskDataset
 from data.perception_dataset import ReferDataset
 from data.rows import as_box, as_objects
 from data.sources import Record, SkipSample
-from data.stream import RECORD_ERRORS
 from data.tokens import Tokenizer
 from data.types import Sample
 

@@ -100,6 +100,11 @@ def require_draws(draws: int) -> int:
     return draws
 
 
+def answered_heads(turns: Iterable[Turn]) -> tuple[str, ...]:
+    """The heads of the `<BOX>` and `<SEG>` of the answers, in order."""
+    return tuple(HEADS[token] for turn in turns if turn.role == "gpt" for token in _ANCHOR.findall(turn.text))
+
+
 def attach_targets(turns: Iterable[Turn], targets: Mapping[str, Sequence[Target]]) -> tuple[Turn, ...]:
     """Give every `<BOX>` and `<SEG>` of the answers the next target of its head.
 
@@ -109,8 +114,7 @@ def attach_targets(turns: Iterable[Turn], targets: Mapping[str, Sequence[Target]
     waiting = {head: iter(targets.get(head, ())) for head in ANCHORS}
     attached = []
     for turn in turns:
-        heads = [HEADS[token] for token in _ANCHOR.findall(turn.text)] if turn.role == "gpt" else []
-        taken = tuple(_next_target(waiting[head], turn.text) for head in heads)
+        taken = tuple(_next_target(waiting[head], turn.text) for head in answered_heads([turn]))
         attached.append(replace(turn, targets=taken))
     for head, rest in waiting.items():
         if more := len(list(rest)):

@@ -20,6 +20,7 @@ from data.tokens import Tokenizer
 from data.types import Region, Sample, Segment
 
 __all__ = [
+    "RECORD_ERRORS",
     "DropoutSpec",
     "Record",
     "SkipSample",
@@ -38,6 +39,11 @@ Transform = Callable[..., Tensor]
 
 PUBLISHED_PIXELS, PUBLISHED_SIDE = 20_000_000, 4096
 """UniMedVL leaves out rows with a picture of more pixels, or with a side of this many."""
+
+RECORD_ERRORS = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, RecursionError, MemoryError,
+)  # fmt: skip
+"""What a dataset class raises on a record of another shape than it expects."""
 
 BOX_TOLERANCE = 1e-4
 """How far a box may stand over the picture's edge (rounding in annotation tools)."""
@@ -71,6 +77,9 @@ class TaskDataset(ABC):
     heads: tuple[str, ...] = ()
     """Perception heads that all its samples are for, as its arguments say; not those that single rows may ask for."""
 
+    reads_videos: bool = False
+    """Rows may have a video, as its arguments say."""
+
     def __init__(
         self,
         *,
@@ -91,6 +100,22 @@ class TaskDataset(ABC):
         Raises:
             SkipSample: if the record cannot be used.
         """
+
+    def asked_heads(self, record: Record) -> tuple[str, ...]:
+        """The perception heads that a single row asks for, where not all do (`heads`).
+
+        Raises:
+            SkipSample: if the row cannot be read.
+        """
+        return ()
+
+    def video_file(self, record: Record) -> str:
+        """The file of a row's video if it needs PyAV; else "".
+
+        Raises:
+            SkipSample: if the row cannot be read.
+        """
+        return ""
 
     def open_image(self, record: Record, name: str) -> RgbImage:
         """A picture of a record, by the name that the row gives it.

@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from data.dataset_base import TaskDataset
+from data.first_rows import require_video_reader
 from data.options import require_type
 from data.sources import FORMATS, LOCATION_KEYS, ConcatSource, SelectedSource, Source
 from data.sources.indexed import IndexedSource
@@ -245,9 +246,10 @@ def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | P
         )
         _require_folders(spec)
         sources = [_open_source(s, index_cache_dir) for s in spec.sources]
+        source = sources[0] if len(sources) == 1 else ConcatSource(sources)
+        require_video_reader(dataset, source)
     except (ValueError, ImportError) as e:  # a format's or a store's package may be missing
         raise ValueError(f"group {spec.name!r}: {e}") from e
-    source = sources[0] if len(sources) == 1 else ConcatSource(sources)
     return Group(
         name=spec.name,
         weight=spec.weight,

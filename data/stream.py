@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
-from data.dataset_base import DropoutSpec, SkipSample, finish_sample
+from data.dataset_base import RECORD_ERRORS, DropoutSpec, SkipSample, finish_sample
 from data.doing import at_record
 from data.layout import LayoutSpec, loss_tokens, planned_tokens, splits_of, visible_pairs
 from data.mixture import Group
@@ -22,11 +22,6 @@ from data.policy import POLICIES, PackBudget
 from data.sources.record import SourceLost, printable
 from data.tokens import SpecialTokens
 from data.types import Amount, LaneCursor, Origin, PackedBatch, Reject, Sample, Ticket
-
-RECORD_ERRORS = (
-    LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, RecursionError, MemoryError,
-)  # fmt: skip
-"""What a dataset class raises on a record of another shape than it expects."""
 
 REJECTS_IN_A_ROW = 1000
 """A lane gives up on a group after so many, whatever fraction the user allows: nothing may loop forever."""

@@ -122,12 +122,22 @@ def read_frames(
     (first, *more) = video
     if not more and first.endswith("/"):
         frames: Sequence[str] = sorted(record.list_folder(first), key=_frame_number)
+        if not frames:
+            message = f"{record.where}: the folder {first!r} has no frames; restore them or remove the record"
+            raise SkipSample("missing_video", message)
     elif more or first.lower().endswith(STILL):
         frames = video
     else:
-        read = _read_animation if first.lower().endswith(ANIMATED) else _read_file
+        read = _read_file if file_for_pyav(video) else _read_animation
         return read(record, first, sampler, rng)
     return [record.open_image(frames[i]) for i in sampler.choose(len(frames), FRAMES_PER_SECOND, rng)]
+
+
+def file_for_pyav(video: Sequence[str]) -> str:
+    """The file of a row's `video` that PyAV reads; "" where it is a folder, a list, an animated picture, or there is none."""
+    if len(video) != 1 or video[0].endswith("/") or video[0].lower().endswith((*STILL, *ANIMATED)):
+        return ""
+    return video[0]
 
 
 def _frame_number(path: str) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from data.conversation import (
     Picture,
     Target,
     Turn,
+    answered_heads,
     attach_targets,
     build_sample,
     choose_exchanges,
@@ -26,7 +27,7 @@ from data.rgb_image import RgbImage
 from data.rows import TalkRow, read_row
 from data.transforms.boxes import normalised_box, read_mask, resized_mask
 from data.types import Sample, Segment
-from data.video import FrameSampler, read_frames
+from data.video import FrameSampler, file_for_pyav, read_frames
 
 REQUEST = "After the answer, draw every picture again as it is."
 """Default of `request`. The published classes ask in words of their own."""
@@ -79,6 +80,14 @@ class VlmDataset(TaskDataset):
         self.frame_sampler = (
             None if frame_sampler_args is None else FrameSampler.from_args(frame_sampler_args)
         )
+        self.reads_videos = self.frame_sampler is not None
+
+    def asked_heads(self, record: Record) -> tuple[str, ...]:
+        row = read_row(TalkRow, record.data)
+        return answered_heads(row.turns) if row.objects else ()
+
+    def video_file(self, record: Record) -> str:
+        return file_for_pyav(read_row(TalkRow, record.data).video)
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         row = read_row(TalkRow, record.data)

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any di
 
 import torch
 
+from data.first_rows import asked_heads
 from data.ledger import Demand
 from data.loader import build_loader
 from data.mixture import Group, build_groups, load_mixture
 from data.stream import StreamPlan, make_sample
-from data.tokens import Tokenizer
+from data.tokens import ANCHORS, Tokenizer
 from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
@@ -45,7 +46,7 @@ from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
 from train.loss_scale import LossScale
-from train.objective import Objective
+from train.objective import build_objective
 from train.optim import build_optimizer
 from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale, optimizer_groups
 from train.published import start_up_lines
@@ -116,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(
             args=args,
             world=world,
-            objective=Objective.build(args.loss.weights(), model.config.heads),
+            objective=build_objective(
+                args.loss, args.pictures, model.config.heads, vae, model.config.latent_patch_size
+            ),
             encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
             journal=journal.step,
             group_sizes={g.name: len(g.source) for g in groups},
@@ -179,21 +182,28 @@ def for_training(config: BagelConfig, args: Args, groups: Sequence[Group]) -> Ba
 
 
 def require_heads(config: BagelConfig, groups: Sequence[Group], model_path: Path) -> None:
-    """Stop over a group whose boxes or masks no head would learn. Rows with `objects` are known when they come: `Bagel.forward`.
+    """Stop over a group whose boxes or masks no head would learn. Of rows that may have `objects` some are looked at: what they
+    do not show is known when it comes, in `Bagel.forward`.
 
     Raises:
         ValueError: naming the group, the head and the file that says which heads there are.
     """
+    known = ", ".join(config.heads) or "none"
+    named = f"({model_path / 'bagel_config.json'} names its heads: {known})"
     for group in groups:
         if missing := [head for head in group.dataset.heads if head not in config.heads]:
             can_stay = len(missing) < len(group.dataset.heads)
             rest = "".join(f", set its {head}_templates: []" for head in missing) if can_stay else ""
-            known = ", ".join(config.heads) or "none"
             raise ValueError(
                 f"group {group.name!r}: {type(group.dataset).__name__} asks for what the model has no head for: "
-                f"{', '.join(missing)} ({model_path / 'bagel_config.json'} names its heads: {known}); "
-                f"take the group out of the mixture{rest}, or start from a model that has them"
+                f"{', '.join(missing)} {named}; take the group out of the mixture{rest}, or start from a model that has them"
             )
+        for head, where in asked_heads(group.dataset, group.source).items():
+            if head not in config.heads:
+                raise ValueError(
+                    f"group {group.name!r}: {where} asks for what the model has no head for: {head} {named}; remove the row's "
+                    f"objects and their {ANCHORS[head]}, take the group out of the mixture, or start from a model that has it"
+                )
 
 
 def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:

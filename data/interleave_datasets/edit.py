@@ -8,6 +8,7 @@ from data.conversation import (
     IMAGE,
     Picture,
     Turn,
+    answered_heads,
     attach_targets,
     build_sample,
     draw_before_the_answer,
@@ -52,6 +53,10 @@ class EditDataset(TaskDataset):
     def __init__(self, *, drop_condition: bool = False, draws: int = 1, **base: Any) -> None:
         super().__init__(**base)
         self.drop_condition, self.draws = drop_condition, require_draws(draws)
+
+    def asked_heads(self, record: Record) -> tuple[str, ...]:
+        row = read_row(EditRow, record.data)
+        return answered_heads(row.turns) if row.objects else ()
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         row = read_row(EditRow, record.data)

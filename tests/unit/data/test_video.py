@@ -3,12 +3,15 @@
 import io
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from data.dataset_base import Record, SkipSample
+from data.mixture import build_groups, load_mixture
 from data.rgb_image import RgbImage
 from data.sources import JsonlSource
 from data.transforms import ImageTransform
@@ -166,6 +169,44 @@ def test_a_video_file_without_its_decoder_says_what_to_install(monkeypatch):
     record = Record(data={}, where="rows.jsonl:1", fetch={"a.mp4": b""}.__getitem__)
     with pytest.raises(ImportError, match=r"the video file 'a.mp4' needs av.*\[video\]"):
         read_frames(record, ("a.mp4",), fixed(4), rng())
+
+
+def test_a_folder_without_frames_is_refused(folder):
+    """It would be a question about nothing."""
+    (folder / "empty").mkdir()
+    with pytest.raises(SkipSample, match="rows.jsonl:1: the folder 'empty/' has no frames") as e:
+        read_frames(JsonlSource(folder / "rows.jsonl").read(0), ("empty/",), fixed(4), rng())
+    assert e.value.reason == "missing_video"
+
+
+def test_a_missing_decoder_is_told_before_a_run(tmp_path, tokenizer, monkeypatch, caplog):
+    """By the first video file among some rows; where they name none, by a line in the log."""
+
+    def group(*videos: str) -> None:
+        rows = [{"video": video, "message": MESSAGES} for video in videos] + [{"message": "not a row"}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        place = {"vlm_sft": {"clips": {"jsonl_path": str(tmp_path / "rows.jsonl")}}}
+        sizes = {"image_stride": 8, "max_image_size": 16, "min_image_size": 16}
+        entry = {"dataset_names": ["clips"], "image_transform_args": sizes, "frame_sampler_args": {}}
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"dataset_info": place, "vlm_sft": entry}))
+        build_groups(load_mixture(tmp_path / "mix.yaml"), tokenizer)
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(
+        ValueError,
+        match=r"group 'vlm_sft': .*rows.jsonl:3: the video file 'c.mp4' needs PyAV, which is not inst",
+    ):
+        group("a.gif", "clip/", "c.mp4")
+    assert "PyAV" not in caplog.text
+    group("a.gif", "clip/")
+    assert (
+        "PyAV is not installed: the frames of 3 rows with `frame_sampler_args` may come from folders"
+        in caplog.text
+    )
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "av", types.SimpleNamespace(__spec__=object()))
+    group("a.gif", "clip/", "c.mp4")
+    assert "PyAV" not in caplog.text
 
 
 # --------------------------------------------------------------------------------------------- rows with videos

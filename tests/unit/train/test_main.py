@@ -1,10 +1,17 @@
 """What `train/main.py` makes of flags before anything is built."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data.dataset_base import TaskDataset
+from data.interleave_datasets.edit import EditDataset
+from data.mixture import Group
+from data.sources import JsonlSource
+from data.tokens import Tokenizer
+from data.vlm_dataset import VlmDataset
 from tests.unit.data.toy_groups import NumberDataset, group
 from tests.unit.modeling.tiny import tiny_config
 from train.config import build_args
@@ -47,3 +54,45 @@ def test_a_mixture_that_asks_for_boxes_is_refused_by_a_model_without_a_head_for_
         f"heads: mask.; take the group out of the mixture{rest}, or start from a model that has them",
     ):
         require_heads(replace(config, heads={"mask": {}}), groups, Path("model"))
+
+
+def rows_with_objects(
+    tmp_path: Path, tokenizer: Tokenizer, kind: type[TaskDataset], *extra: dict[str, object]
+) -> Group:
+    """A group of 200 rows without objects, the `extra` ones among them."""
+    talk = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]
+    rows = [{"message": talk, "input_img": "a.png", "output_img": "b.png"}] * 199
+    rows[6:6] = [{**rows[0], **row} for row in extra]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(group("talk", [1]), dataset=kind(tokenizer=tokenizer), source=JsonlSource(file))
+
+
+POINTING = {
+    "message": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "<SEG> and <BOX>"}],
+    "objects": {"ref": ["x"]},
+}
+
+
+@pytest.mark.parametrize("kind", [VlmDataset, EditDataset])
+def test_a_row_with_objects_is_refused_before_training_by_a_model_without_their_head(
+    kind: type[TaskDataset], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config = tiny_config()
+    pointing = rows_with_objects(tmp_path, tokenizer, kind, POINTING, {"message": "no row"})
+    require_heads(config, [pointing], Path("model"))
+    with pytest.raises(
+        ValueError,
+        match=rf"group 'talk': {tmp_path}/rows.jsonl:7 asks for what the model has no head for: box .model/bagel_config.json "
+        r"names its heads: mask.; remove the row's objects and their <BOX>, take the group out of the mixture, or start from a model",
+    ):
+        require_heads(replace(config, heads={"mask": {}}), [pointing], Path("model"))
+
+
+def test_rows_without_objects_need_no_head(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    words = {**POINTING, "objects": None}  # rejected, and told, when its turn comes
+    require_heads(
+        replace(tiny_config(), heads={}),
+        [rows_with_objects(tmp_path, tokenizer, VlmDataset, words)],
+        Path("model"),
+    )
