@@ -6,15 +6,18 @@ published, each micro-batch is divided by its own count (over all ranks), and th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data.types import PackedBatch
+from modeling.autoencoder import AutoEncoder
 from modeling.losses import LOSSES, Loss
+from modeling.losses.pictures import Decode, PictureLoss, dissimilarity, mean_absolute, mean_square
 from modeling.types import FlowState, LossTerm, ModelOutput
+from train.args import LossArgs, PictureLossArgs
 
 Divisor = Literal["step", "micro_batch"]
 
@@ -71,6 +74,39 @@ class Objective:
             for term, count in zip(terms, divisor.tolist(), strict=True)
         ]
         return torch.stack([p.float() for p in parts]).sum()
+
+
+def build_objective(
+    args: LossArgs,
+    pictures: PictureLossArgs,
+    heads: Mapping[str, object],
+    vae: AutoEncoder,
+    latent_patch_size: int,
+) -> Objective:
+    """The losses that the flags ask for."""
+    losses = {**LOSSES, **picture_losses(pictures, vae.decode, latent_patch_size)}
+    return Objective.build({**args.weights(), **pictures.weights()}, heads, losses)
+
+
+def picture_losses(args: PictureLossArgs, decode: Decode, latent_patch_size: int) -> dict[str, Loss]:
+    """The losses on decoded pictures, as the flags describe them."""
+    pixel = PictureLoss(
+        decode=decode,
+        patch=latent_patch_size,
+        compare=mean_absolute if args.pixel_loss_type == "l1" else mean_square,
+        by_pixel=True,
+        max_t=args.pixel_loss_max_t,
+        paired_only=args.pixel_loss_paired_only,
+        chunk=args.chunk,
+    )
+    ssim = replace(
+        pixel,
+        compare=dissimilarity(args.ssim_window_size),
+        by_pixel=False,
+        max_t=args.ssim_loss_max_t,
+        gradient_scale=args.ssim_grad_scale,
+    )
+    return {"pixel": Loss(pixel.values, pixel.things), "ssim": Loss(ssim.values, ssim.things)}
 
 
 def by_sample(terms: Sequence[LossTerm], batch: PackedBatch) -> Tensor:

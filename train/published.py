@@ -50,21 +50,17 @@ class Published:
         kind: `bool`, `int`, `float` or `text`.
         defaults: trainer -> its default; the first is the one that ours is compared with.
         answer: where it has not its published meaning under all circumstances.
-        part_of: the flag that switches on the feature this one belongs to.
         why: why our default is another.
     """
 
     kind: str
     defaults: Mapping[str, Any]
     answer: Answer | None = None
-    part_of: str = ""
     why: str = ""
 
     @property
     def here(self) -> str:
         """`implemented`, `by design` or `not built`."""
-        if self.part_of:
-            return PUBLISHED[self.part_of].here
         if self.answer is None or self.answer.unless is not None:
             return "implemented"
         return "not built" if self.answer.refuse else "by design"
@@ -271,17 +267,17 @@ PUBLISHED: Mapping[str, Published] = {
         ),
     ),
     # The pixel loss
-    "pixel_loss_weight": Published("float", {"pixel": 0.0}, _not_built(0.0, "the pixel loss")),
-    "pixel_loss_type": Published("text", {"pixel": "l1"}, part_of="pixel_loss_weight"),
-    "pixel_loss_max_t": Published("float", {"pixel": 0.3}, part_of="pixel_loss_weight"),
-    "pixel_loss_paired_only": Published("bool", {"pixel": True}, part_of="pixel_loss_weight"),
-    "pixel_loss_chunk_size": Published("int", {"pixel": 2}, part_of="pixel_loss_weight"),
-    "pixel_loss_adaptive_chunk": Published("bool", {"pixel": True}, part_of="pixel_loss_weight"),
-    "pixel_loss_use_v0": Published("bool", {"pixel": False}, part_of="pixel_loss_weight"),
-    "ssim_loss_weight": Published("float", {"pixel": 0.0}, _not_built(0.0, "the SSIM loss")),
-    "ssim_loss_max_t": Published("float", {"pixel": 0.1}, part_of="ssim_loss_weight"),
-    "ssim_window_size": Published("int", {"pixel": 11}, part_of="ssim_loss_weight"),
-    "ssim_grad_scale": Published("float", {"pixel": 0.1}, part_of="ssim_loss_weight"),
+    "pixel_loss_weight": Published("float", {"pixel": 0.0}),
+    "pixel_loss_type": Published("text", {"pixel": "l1"}),
+    "pixel_loss_max_t": Published("float", {"pixel": 0.3}),
+    "pixel_loss_paired_only": Published("bool", {"pixel": True}),
+    "pixel_loss_chunk_size": Published("int", {"pixel": 2}),
+    "pixel_loss_adaptive_chunk": Published("bool", {"pixel": True}),
+    "pixel_loss_use_v0": Published("bool", {"pixel": False}),
+    "ssim_loss_weight": Published("float", {"pixel": 0.0}),
+    "ssim_loss_max_t": Published("float", {"pixel": 0.1}),
+    "ssim_window_size": Published("int", {"pixel": 11}),
+    "ssim_grad_scale": Published("float", {"pixel": 0.1}),
     # Validation
     "enable_validation": Published(
         "bool",

@@ -1,7 +1,8 @@
 """Losses: pure functions of predictions and targets that return sums; nothing here divides by a count.
 
 To add one: two functions and a row in LOSSES. The row's name is the loss's name in logs and its weight's name in flags
-(`--NAME_weight`). A loss that needs more than predictions and targets is made by a function like `picture_losses`.
+(`--NAME_weight`). The losses on decoded pictures need flags and the VAE besides:
+`train/objective.py` makes them of `modeling/losses/pictures.py`.
 """
 
 from collections.abc import Callable

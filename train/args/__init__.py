@@ -11,6 +11,7 @@ from train.args.loss import LossArgs
 from train.args.model import ModelArgs
 from train.args.optim import OptimArgs
 from train.args.params import ParamArgs
+from train.args.pictures import PictureLossArgs
 from train.args.published import PublishedArgs
 from train.args.run import TrainArgs
 from train.args.validation import ValidationArgs
@@ -26,6 +27,7 @@ class Args:
     lora: LoraArgs = LoraArgs()
     optim: OptimArgs = OptimArgs()
     loss: LossArgs = LossArgs()
+    pictures: PictureLossArgs = PictureLossArgs()
     fsdp: FsdpArgs = FsdpArgs()
     checkpoint: CheckpointArgs = CheckpointArgs()
     train: TrainArgs = TrainArgs()
@@ -49,6 +51,7 @@ GROUPS: dict[str, Any] = {
     "lora": LoraArgs,
     "optim": OptimArgs,
     "loss": LossArgs,
+    "pictures": PictureLossArgs,
     "fsdp": FsdpArgs,
     "checkpoint": CheckpointArgs,
     "train": TrainArgs,
