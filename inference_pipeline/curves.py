@@ -39,6 +39,10 @@ HIDDEN = {
     "epoch",
     "num_steps",
     "total_steps",
+    "phases",
+    "mem_rss",
+    "mem_allocated",
+    "mem_cache",
 }
 LINEAR = {"lr", "tokens_per_sec"}
 EXACT = {"lr"}
@@ -71,7 +75,7 @@ def _flatten(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Numbers at the top level and one level below (`losses: {ce: ...}` gives `ce`)."""
     values: list[tuple[str, float]] = []
     for key, value in entry.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key not in HIDDEN:
             values += [(k, float(v)) for k, v in value.items() if _is_number(v)]
         elif _is_number(value):
             values.append((key, float(value)))

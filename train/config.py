@@ -253,6 +253,9 @@ def _nearest(name: str, prefix: str = "") -> str:
 
 
 def _require_consistent(args: Args) -> None:
+    profiled = args.train.profiled
+    if args.train.memory_snapshot and profiled is None:
+        raise ValueError("--memory_snapshot needs --profile_steps A:B: the steps to record")
     data, optim, checkpoint = args.data, args.optim, args.checkpoint
     if data.expected_num_tokens > data.max_num_tokens:
         raise ValueError(

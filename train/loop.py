@@ -2,6 +2,8 @@
 
 import json
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -283,7 +285,9 @@ def _write_rejects(run: Run, packs: list[PackedBatch]) -> None:
 
 def _memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
-        return {}
+        # Kibibytes on Linux, bytes on a Mac.
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return {"mem_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
     peak = {
         "mem_allocated": torch.cuda.max_memory_allocated(device),
         "mem_cache": torch.cuda.max_memory_reserved(device),

@@ -26,7 +26,6 @@ from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.flops import step_flops
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
@@ -34,14 +33,14 @@ from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
 from train.checkpoint import Checkpoints, SaveInBackground, Start
-from train.clock import Clock
+from train.clock import COMMUNICATION, Clock
 from train.config import parse_args
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
-from train.distributed.sharding import DTYPES, materialise, shard_model
+from train.distributed.sharding import DTYPES, materialise, shard_model, time_collectives
 from train.distributed.units import describe_units
 from train.ema import Ema
-from train.flops import peak_tflops
+from train.flops import pack_flops, peak_tflops
 from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
@@ -56,6 +55,7 @@ from train.state import TrainState
 from train.stop import StopOnSignal
 from train.tuning import tuning_of
 from train.validation import Validation, validation_plan, validation_specs
+from train.watch import Norms, Profile
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +114,21 @@ def main(argv: list[str] | None = None) -> None:
         journal = Journal(
             results_dir, world, steps_done=state.step, plan=plan, specs=specs, tokenizer=tokenizer
         )
+        encoder = LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb)
+        clock = Clock(world.device)
+        time_collectives(model, clock.phase, COMMUNICATION)
         run = Run(
             args=args,
             world=world,
             objective=build_objective(
                 args.loss, args.pictures, model.config.heads, vae, model.config.latent_patch_size
             ),
-            encoder=LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb),
+            encoder=encoder,
             journal=journal.step,
             group_sizes={g.name: len(g.source) for g in groups},
-            flops=functools.partial(step_flops, model.config, vit_trained=not args.params.freeze_vit),
+            flops=pack_flops(model, encoder),
             peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
-            clock=Clock(world.device),
+            clock=clock,
         )
         batches = open_loader(args, plan, world, state)
         with (
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                 (
                     stop,
                     SaveInBackground(checkpoints),
-                    *beside(run, reporter, validation_plan(plan, val_groups), tokenizer),
+                    *beside(run, reporter, validation_plan(plan, val_groups), tokenizer, checkpoints),
                 )
             ) as hooks,
         ):
@@ -154,11 +157,19 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("wrote what was trained to %s", tuning.target)
 
 
-def beside(run: Run, reporter: Reporter, val_plan: StreamPlan, tokenizer: Tokenizer) -> tuple[Hook, ...]:
-    """What is done beside training, in the order in which it is done after a step."""
+def beside(
+    run: Run, reporter: Reporter, val_plan: StreamPlan, tokenizer: Tokenizer, checkpoints: Checkpoints
+) -> tuple[Hook, ...]:
+    """What is looked at beside training, in the order in which it is done after a step."""
     hooks: list[Hook] = []
+    if (steps := run.args.train.profiled) is not None:
+        folder = Path(run.args.checkpoint.results_dir) / "profile"
+        hooks.append(Profile(folder, *steps, run.world, memory=run.args.train.memory_snapshot))
+    if run.args.train.norms_every:
+        hooks.append(Norms(reporter, run.args.train.norms_every))
     if val_plan.groups:
-        hooks.append(Validation(run, val_plan, tokenizer, reporter))
+        listeners = [lambda step, figures: checkpoints.note(figures)]  # for --keep_best
+        hooks.append(Validation(run, val_plan, tokenizer, reporter, listeners))
     return tuple(hooks)
 
 

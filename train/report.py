@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class StepReport:
         seconds: of wall time.
         flops: operations that the step needs.
         peak_tflops: what all devices together can do; 0 if that is not known.
-        memory_mib: highest on this rank's accelerator: `mem_allocated`, `mem_cache`.
+        memory_mib: highest on this rank so far: `mem_allocated`, `mem_cache` of its accelerator, or `mem_rss` of the process.
         phases: seconds of rank 0's step by phase (train/clock.py).
         loss_scale: what the loss was multiplied with (train/loss_scale.py).
     """
@@ -86,6 +86,8 @@ class StepReport:
             **({"loss_scale": self.loss_scale} if self.loss_scale != 1.0 else {}),
             "tokens_per_sec": round(self.tokens / self.seconds, 1),
             "samples_per_sec": round(self.samples / self.seconds, 2),
+            "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
+            **{name: round(mib, 1) for name, mib in self.memory_mib.items()},
             "time": round(time.time(), 3),
         }
 
@@ -116,6 +118,8 @@ class Reporter:
         self.total_steps = total_steps
         self.log_every = log_every
         self.is_main = is_main
+        self._directory, self._first_step = directory, first_step
+        self._validations: TextIO | None = None
         self._window: list[StepReport] = []
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         if not is_main:
@@ -124,7 +128,6 @@ class Reporter:
             directory.mkdir(parents=True, exist_ok=True)
             kept = _set_aside(directory) if first_step == 0 else []
             self._log = reopen_log(directory / LOG_FILE, first_step)
-            self._validations = reopen_log(directory / VALIDATION_FILE, first_step)
             self._handler = logging.FileHandler(directory / TEXT_FILE, encoding="utf-8")
         except OSError as error:
             raise ValueError(
@@ -168,6 +171,8 @@ class Reporter:
         """Take in the figures of a validation, named `val/…`: a line of `val_log.jsonl`, one for people, TensorBoard."""
         if not self.is_main:
             return
+        if self._validations is None:
+            self._validations = reopen_log(self._directory / VALIDATION_FILE, self._first_step)
         self._validations.write(json.dumps({"step": step, **figures}) + "\n")
         self._validations.flush()
         short = {name.removeprefix("val/"): value for name, value in figures.items() if name.count("/") == 1}
@@ -207,7 +212,8 @@ class Reporter:
         if not self.is_main:
             return
         self._log.close()
-        self._validations.close()
+        if self._validations is not None:
+            self._validations.close()
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
         if self._board is not None:
@@ -265,7 +271,17 @@ def window_means(window: list[StepReport]) -> dict[str, float]:
         means["actual_tflops"] = flops / seconds / 1e12
     if last.peak_tflops:
         means["mfu"] = means["actual_tflops"] / last.peak_tflops
+    means.update({f"time/{name}": s / len(window) for name, s in _phases(window).items()})
     return {**means, **last.memory_mib}
+
+
+def _phases(window: list[StepReport]) -> dict[str, float]:
+    """Seconds of all steps together, by phase, and of whole steps."""
+    sums: dict[str, float] = {}
+    for report in window:
+        for name, seconds in report.phases.items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    return {**sums, "step": sum(r.seconds for r in window)} if sums else {}
 
 
 def progress_line(

@@ -50,11 +50,16 @@ class LatentEncoder:
         z, e = torch.cat(latents), torch.cat(noise)
         return FlowState(latents=z, noise=e, noised=interpolate_path(z, e, batch.gen_timestep))
 
+    def missing(self, batch: PackedBatch) -> dict[int, Tensor]:
+        """The pictures of a pack that have to be encoded: pixels by key."""
+        keys = batch.gen_key.tolist()
+        return {key: p for key, p in zip(keys, batch.gen_pixels, strict=True) if key not in self._cache}
+
     def _moments(self, batch: PackedBatch) -> list[Tensor]:
         """Mean and log variance `2 z h w` of every image, in order."""
         keys = batch.gen_key.tolist()
         found = {key: self._cache[key] for key in keys if key in self._cache}
-        missing = {key: p for key, p in zip(keys, batch.gen_pixels, strict=True) if key not in found}
+        missing = self.missing(batch)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for key, pixels in missing.items():
             by_size.setdefault(tuple(pixels.shape), []).append(key)

@@ -24,5 +24,33 @@ class TrainArgs:
         "What one device can do in bf16, in TFLOP/s, for the MFU in log lines; 0: as known for the device's name, else no MFU.",
         low=0,
     )
+    norms_every: int = flag(
+        100,
+        "Steps between norms of weights and gradients by parameter group (`wn/`, `gn/`); 0: never.",
+        low=0,
+    )
+    profile_steps: str | None = flag(
+        None, "Profile steps A to B - 1 on every rank, given as A:B; traces go to `profile` in --results_dir."
+    )
+    memory_snapshot: bool = flag(
+        False, "Record the allocations on the GPU during --profile_steps, for pytorch.org/memory_viz."
+    )
     dist_timeout_s: float = flag(600.0, "Seconds a rank waits for the others before it gives up.", low=1)
     validate_only: bool = flag(False, "Check flags, mixture, data and model, then stop without training.")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First step that is profiled, and first one that is not any more.
+
+        Raises:
+            ValueError: if `profile_steps` is not two steps, the second after the first.
+        """
+        if self.profile_steps is None:
+            return None
+        first, colon, last = self.profile_steps.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last)):
+            raise ValueError(
+                f"--profile_steps {self.profile_steps}: expected A:B, the first step to profile and the first one not to, such "
+                "as 10:13"
+            )
+        return int(first), int(last)

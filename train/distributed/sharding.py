@@ -7,6 +7,7 @@ global counts before backward, so nothing here divides.
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import cast
 
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -98,7 +100,12 @@ def materialise(model: nn.Module, device: torch.device | str, value: FillValue) 
     assert not lost, (
         f"buffers would come out of nowhere: {lost}; compute them in forward or make them parameters"
     )
+    tied = _tied_names(model)
     model.to_empty(device=device)
+    for first, *others in tied:  # `to_empty` parts them
+        for name in others:
+            module, _, own = name.rpartition(".")
+            model.get_submodule(module).register_parameter(own, model.get_parameter(first))
     fill(model, value)
 
 
@@ -167,17 +174,84 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not grads:
         return torch.zeros(())
     pieces = [local(g) for g in grads]
-    square = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square().sum()
-    first = grads[0]
-    if isinstance(first, DTensor):
-        # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice. Its group may know only the
-        # mesh's device, where gradients do not lie with `--cpu_offload`.
-        square = square.to(first.device_mesh.device_type)
-        dist.all_reduce(square, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
-    norm = square.sqrt().to(pieces[0].device)
+    norm = joint_norms([grads])[0].to(pieces[0].device)
     if max_norm > 0:
         torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+@torch.no_grad()
+def joint_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """L2 norm of each group of tensors, taken together; one collective for all of them.
+
+    Args:
+        groups: of tensors of one model, none empty.
+
+    Returns:
+        `n` float32, equal on all ranks.
+    """
+    squares = [
+        torch.stack(torch._foreach_norm([local(x) for x in group], 2, dtype=torch.float32)).square().sum()
+        for group in groups
+    ]
+    square, first = torch.stack(squares), groups[0][0]
+    if isinstance(first, DTensor):
+        # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice. Its group may know only the
+        # mesh's device, where the pieces do not lie with `--cpu_offload`.
+        square = square.to(first.device_mesh.device_type)
+        dist.all_reduce(square, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
+    return square.sqrt()
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Name of a phase of a step -> what counts the time of a block as that phase's (`train.clock.Clock.phase`)."""
+
+
+def time_collectives(model: nn.Module, phase: Phase, name: str) -> None:
+    """Count the time of gathering weights and of summing gradients as a phase of its own.
+
+    On a CPU the calls wait until all is there, so this is time that training is held up. The all-reduce between replicas
+    (`HYBRID_SHARD`) has no such place and stays in the backward pass.
+
+    Args:
+        model: after `shard_model`.
+        phase: of the run's clock.
+        name: of the phase.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_TimedGather(phase, name))
+            module.set_custom_reduce_scatter(_TimedScatter(phase, name))
+
+
+class _TimedComm:
+    def __init__(self, phase: Phase, name: str):
+        self._phase, self._name = phase, name
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _TimedGather(_TimedComm, AllGather):
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        with self._phase(self._name):
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _TimedScatter(_TimedComm, ReduceScatter):
+    def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False):
+        with self._phase(self._name):
+            return dist.reduce_scatter_tensor(
+                output_tensor, input_tensor, op=op, group=group, async_op=async_op
+            )
 
 
 def _policy(args: FsdpArgs, *, root: bool) -> MixedPrecisionPolicy:
@@ -191,6 +265,14 @@ def _policy(args: FsdpArgs, *, root: bool) -> MixedPrecisionPolicy:
         output_dtype=output if root and output is not param else None,
         cast_forward_inputs=mixed and not root,
     )
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of every parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 @functools.cache

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.layout import visible_pairs
 from data.packing import pack
 from data.types import Sample, Segment
+from modeling.autoencoder import AutoEncoder, AutoEncoderConfig
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.flops import FROZEN, TRAINED, step_flops
+from modeling.bagel.flops import FROZEN, TRAINED, PackShape, Passes, encode_flops, step_flops
 from modeling.ops.attention import dense_allowed
 from tests.unit.modeling.test_attention import random_layout
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, picture, text, tiny_config, tiny_model
@@ -25,8 +26,8 @@ def counted(model: Bagel, sample: Sample) -> tuple[float, float]:
     batch = pack([sample], SPEC, SPECIAL)
     flow = made_up_latents(batch)
     with FlopCounterMode(display=False) as counter:
-        model(batch, flow.noised)
-    return counter.get_total_flops(), step_flops(model.config, batch) / TRAINED
+        _ = model(batch, flow.noised).logits
+    return counter.get_total_flops(), step_flops(model.config, PackShape.of(batch)) / TRAINED
 
 
 def filled_up(pairs: int, tokens: int) -> int:
@@ -55,14 +56,31 @@ def test_of_a_causal_text_half_the_square_is_needed() -> None:
 
 
 def test_a_frozen_tower_needs_no_backward() -> None:
-    batch = pack([Sample(segments=(Segment(kind="und_image", pixels=picture(1)),))], SPEC, SPECIAL)
-    whole, frozen = (step_flops(CONFIG, batch, vit_trained=t) for t in (True, False))
+    batch = PackShape.of(
+        pack([Sample(segments=(Segment(kind="und_image", pixels=picture(1)),))], SPEC, SPECIAL)
+    )
+    whole, frozen = (step_flops(CONFIG, batch, p) for p in (Passes(), Passes(vit=FROZEN)))
     deeper = replace(CONFIG, vit=replace(CONFIG.vit, num_hidden_layers=4))
     growth, frozen_growth = (
         step_flops(deeper, batch) - whole,
-        step_flops(deeper, batch, vit_trained=False) - frozen,
+        step_flops(deeper, batch, Passes(vit=FROZEN)) - frozen,
     )
     assert growth / frozen_growth == TRAINED / FROZEN
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
+@pytest.mark.parametrize("levels", [(1, 2, 2), (1, 1, 1, 2)])
+@torch.no_grad()
+def test_the_autoencoder_needs_what_torch_counts(size: tuple[int, int], levels: tuple[int, ...]) -> None:
+    config = AutoEncoderConfig(ch=8, ch_mult=levels, num_res_blocks=2, z_channels=4, num_groups=4)
+    with FlopCounterMode(display=False) as counter:
+        AutoEncoder(config).encode_moments(torch.zeros(2, 3, *size))
+    assert counter.get_total_flops() == encode_flops(config, [size] * 2)
+
+
+def test_the_published_autoencoder_is_counted_as_measured() -> None:
+    found = [round(encode_flops(AutoEncoderConfig(), [(side, side)]) / 1e9) for side in (256, 512, 1024)]
+    assert found == [273, 1118, 4883]  # measured on the published autoencoder, in GFLOP
 
 
 def test_visible_pairs_are_those_of_the_rule() -> None:
