@@ -12,13 +12,14 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from data.doing import Doing
 from data.order import lanes_of, next_lane
 from data.packing import pack
 from data.processes import fork_server
@@ -26,6 +27,7 @@ from data.sources import SourceLost
 from data.stream import LaneStream, StreamPlan
 from data.transport import Message, Slots
 from data.types import NO_LANE, LaneCursor, PackedBatch
+from data.watch import poll_s, watched
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def build_loader(
     prefetch_factor: int = 2,
     cursors: Sequence[LaneCursor] | None = None,
     packs_consumed: int = 0,
+    worker_timeout_s: float = 300.0,
 ) -> Iterator[PackedBatch]:
     """The packs of one rank; without end, once its lanes have ended they are fillers.
 
@@ -49,10 +52,12 @@ def build_loader(
         prefetch_factor: packs each worker prepares ahead.
         cursors: of all lanes, after `packs_consumed` packs; None starts at the beginning.
         packs_consumed: packs that all ranks together have trained on.
+        worker_timeout_s: how long a worker may do nothing while its pack is waited for.
 
     Raises:
         ValueError: if there are more ranks than lanes, or the cursors belong to another run; while
             iterating, if too many records of a group are unusable.
+        SourceLost: while iterating, if a file of the data vanished or changed, or a worker hangs.
         RuntimeError: while iterating, if a worker fails or dies.
     """
     num_lanes = plan.num_lanes
@@ -71,7 +76,12 @@ def build_loader(
         _tell_repeats(plan)
     cursors = _require_cursors(cursors, num_lanes, packs_consumed)
     own = [cursors[lane] for lane in lanes_of(rank, world_size, num_lanes)]
-    packs = _in_turn(plan, own, min(num_workers, len(own)), prefetch_factor)
+
+    def start_worker(stream: LaneStreams, number: int) -> Iterator[PackedBatch]:
+        who = f"data worker {number} of rank {rank}"
+        return _from_worker(stream, who, prefetch_factor=prefetch_factor, timeout_s=worker_timeout_s)
+
+    packs = _in_turn(plan, own, min(num_workers, len(own)), start_worker)
     return _pinned(packs) if torch.cuda.is_available() else packs
 
 
@@ -108,7 +118,10 @@ def _require_cursors(
 
 
 def _in_turn(
-    plan: StreamPlan, cursors: Sequence[LaneCursor], num_workers: int, prefetch_factor: int
+    plan: StreamPlan,
+    cursors: Sequence[LaneCursor],
+    num_workers: int,
+    start_worker: "Callable[[LaneStreams, int], Iterator[PackedBatch]]",
 ) -> Iterator[PackedBatch]:
     """The packs of some lanes: each time that of the lane whose turn it is, from whoever makes it."""
     made = {cursor.lane: cursor.packs for cursor in cursors}
@@ -116,7 +129,7 @@ def _in_turn(
     for worker in range(max(num_workers, 1)):
         share = cursors[worker :: max(num_workers, 1)]
         stream = LaneStreams(plan, share)
-        maker = _from_worker(stream, prefetch_factor) if num_workers else stream.packs()
+        maker = start_worker(stream, worker) if num_workers else stream.packs()
         makers.update({cursor.lane: maker for cursor in share})
     while made:
         lane = next_lane(made)
@@ -184,20 +197,24 @@ class WorkerFailure:
         return error
 
 
-def _from_worker(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
+def _from_worker(
+    stream: LaneStreams, who: str, *, prefetch_factor: int, timeout_s: float
+) -> Iterator[PackedBatch]:
     """The packs that a worker makes; it starts at once."""
-    # No `timeout`: with one, torch looks whether the workers live only when it has passed; without, every 5 s.
+    context = fork_server(["__main__", "torch", "data.stream", "numba"])
+    doing = Doing(context)
     # The trainer asks for a pack when it is handed one: no more are on their way at a time than there are slots besides its own.
     slots = Slots(prefetch_factor + 1)
     loader = DataLoader(
-        _Sender(stream, slots),
+        _Sender(stream, slots, doing),
         batch_size=None,
         num_workers=1,
         prefetch_factor=prefetch_factor,
         worker_init_fn=_start_worker,
-        multiprocessing_context=fork_server(["__main__", "torch", "data.stream", "numba"]),
+        multiprocessing_context=context,
+        timeout=poll_s(timeout_s),
     )
-    return _received(iter(loader), slots)
+    return _received(watched(iter(loader), doing, timeout_s, who), slots)
 
 
 def _received(messages: Iterator[Any], slots: Slots) -> Iterator[PackedBatch]:
@@ -234,10 +251,11 @@ def _end_with_trainer() -> None:
 class _Sender(IterableDataset[Any]):
     """What a worker does."""
 
-    def __init__(self, stream: LaneStreams, slots: Slots):
-        self.stream, self.slots = stream, slots
+    def __init__(self, stream: LaneStreams, slots: Slots, doing: Doing):
+        self.stream, self.slots, self.doing = stream, slots, doing
 
     def __iter__(self) -> Iterator[Message | WorkerFailure]:
+        self.doing.begin()
         return _messages(self.stream.packs(), self.slots)
 
 

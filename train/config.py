@@ -262,6 +262,11 @@ def _require_consistent(args: Args) -> None:
             f"--expected_num_tokens {data.expected_num_tokens} is more than --max_num_tokens {data.max_num_tokens}; "
             "a pack could never be full"
         )
+    if data.num_workers and data.worker_timeout_s >= args.train.dist_timeout_s:
+        raise ValueError(
+            f"--worker_timeout_s {data.worker_timeout_s:g} is not below --dist_timeout_s {args.train.dist_timeout_s:g}: over a "
+            "data worker that hangs, the other ranks would give up first and nothing would be saved; lower it"
+        )
     if optim.lr_scheduler == "cosine" and optim.warmup_steps >= optim.total_steps:
         raise ValueError(
             f"--warmup_steps {optim.warmup_steps} leaves nothing of --total_steps {optim.total_steps} for the cosine"

@@ -238,6 +238,7 @@ def open_loader(args: Args, plan: StreamPlan, world: World, state: TrainState) -
         prefetch_factor=args.data.prefetch_factor,
         cursors=[state.cursors[lane] for lane in range(args.data.num_lanes)],
         packs_consumed=state.packs_consumed,
+        worker_timeout_s=args.data.worker_timeout_s,
     )
 
 

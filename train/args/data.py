@@ -24,6 +24,12 @@ class DataArgs:
         4, "Processes per rank that prepare packs; 0 prepares them in the training process.", low=0
     )
     prefetch_factor: int = flag(2, "Packs that each worker prepares ahead.", low=1)
+    worker_timeout_s: float = flag(
+        300.0,
+        "Seconds that such a process may do nothing, hung on a file, before the run saves what it has and stops; keep it below "
+        "--dist_timeout_s.",
+        low=1,
+    )
     num_lanes: int = flag(
         48,
         "Logical shards of the data order, at least one per rank; best a multiple of the numbers of ranks. It stays for a run's "

@@ -172,6 +172,15 @@ def test_a_dead_worker_does_not_hang():
     assert "a data worker died" in str(fail(1, "die"))
 
 
+@pytest.mark.timeout(120)
+def test_a_worker_that_hangs_loses_its_data():
+    groups = bad_group("hang")
+    with pytest.raises(
+        SourceLost, match=r"data worker [01] of rank 0 .* nothing for 2 s; it was at toy.jsonl:\d+: see"
+    ):
+        list(itertools.islice(loader(groups, num_workers=2, worker_timeout_s=2), 200))
+
+
 TRAINER = """
 import multiprocessing
 import time

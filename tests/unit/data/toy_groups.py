@@ -1,6 +1,7 @@
 """Groups made of numbers, for the tests of streams and loaders: a record is the length of a text, below 0 it is unusable."""
 
 import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,8 @@ class NumberDataset(TaskDataset):
         return Sample(segments=tuple(segments))
 
     def fail(self) -> None:
+        if self.fault == "hang":
+            time.sleep(600)
         if self.fault == "die":
             os._exit(9)
         raise {

@@ -75,6 +75,10 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
         (["--lr", "nan"], "--lr 'nan' is not float"),
         (["--total_steps", "1.5"], "--total_steps '1.5' is not int"),
         (["--total_steps", "0"], "--total_steps 0 must be at least 1"),
+        (
+            ["--worker_timeout_s", "600"],
+            "--worker_timeout_s 600 is not below --dist_timeout_s 600: over a data worker",
+        ),
         (["--max_reject_fraction", "2"], "--max_reject_fraction 2.0 must be from 0 to 1"),
         (["--freeze_vit", "maybe"], "--freeze_vit 'maybe' is not bool"),
         (["--sharding_strategy", "DDP"], "'DDP' is not FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD|NO_SHARD"),

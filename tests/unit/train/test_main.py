@@ -84,7 +84,7 @@ def test_a_row_with_objects_is_refused_before_training_by_a_model_without_their_
     with pytest.raises(
         ValueError,
         match=rf"group 'talk': {tmp_path}/rows.jsonl:7 asks for what the model has no head for: box .model/bagel_config.json "
-        r"names its heads: mask.; remove the row's objects and their <BOX>, take the group out of the mixture, or start from a model",
+        r"names its heads: mask.; remove the row's objects and their <BOX>, take the group out of the mixture, or start from",
     ):
         require_heads(replace(config, heads={"mask": {}}), [pointing], Path("model"))
 
