@@ -176,7 +176,9 @@ class Validation(Hook):
                     max_new_tokens=args.val_max_new_tokens,
                     choose=_by_main,
                 )
-                rows[group].append(shown(sample, made, functools.partial(self._tokenizer.decode, keep_special=True)))
+                rows[group].append(
+                    shown(sample, made, functools.partial(self._tokenizer.decode, keep_special=True))
+                )
         own = {group: sample_figures(of_group) for group, of_group in rows.items()}
         for group, figures in own.items():
             self._warn(state.step, group, figures)
