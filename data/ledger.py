@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from data.types import Amount, LaneCursor, PackedBatch, amounts_from_json
 
 DATA_FILE = "data.json"
 """Of a checkpoint: step, lane cursors, what was trained on, and what was asked for."""
+
+NOT_FINITE, BESIDE_NOT_FINITE = "not_finite", "beside_not_finite"
+"""Reasons for which a step's samples were written off: their own loss was not finite, or another's was (train/nonfinite.py)."""
 
 STEP_NAME = re.compile(r"\d{7,}")
 
@@ -67,13 +71,18 @@ class Demand:
 
 def count_trained(batch: PackedBatch) -> dict[str, Amount]:
     """What a consumed pack trains on, by group: counted from its tensors, not from the sizes that the packer went by."""
+    result: dict[str, Amount] = {}
+    for origin, amount in zip(batch.origins, sample_amounts(batch), strict=True):
+        add_amounts(result, {origin.group: amount})
+    return result
+
+
+def sample_amounts(batch: PackedBatch) -> list[Amount]:
+    """The same of every sample."""
     ends = torch.tensor(batch.sample_lens, dtype=torch.int64).cumsum(0)
     loss_at = torch.cat([batch.label_index.cpu(), batch.gen_index.cpu()[batch.gen_timestep.cpu() > 0]])
     loss_tokens = _per_sample(loss_at, ends)
-    result: dict[str, Amount] = {}
-    for origin, tokens, predictions in zip(batch.origins, batch.sample_lens, loss_tokens, strict=True):
-        result[origin.group] = result.get(origin.group, Amount()) + Amount(1, tokens, predictions)
-    return result
+    return [Amount(1, n, predictions) for n, predictions in zip(batch.sample_lens, loss_tokens, strict=True)]
 
 
 def _per_sample(places: Tensor, ends: Tensor) -> list[int]:
@@ -88,17 +97,22 @@ def add_amounts(into: dict[str, Amount], more: Mapping[str, Amount]) -> None:
         into[name] = into.get(name, Amount()) + amount
 
 
-def accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, Amount]) -> dict[str, Account]:
+def accounts(
+    cursors: Iterable[LaneCursor],
+    trained: Mapping[str, Amount],
+    written_off: Mapping[str, Mapping[str, Amount]] = MappingProxyType({}),
+) -> dict[str, Account]:
     """The account of every group.
 
     Args:
         cursors: of all lanes.
         trained: what went through a training step, by group.
+        written_off: what was packed and not trained on because a loss was not finite, by group and reason: rejected, too.
 
     Raises:
         ValueError: if the law does not hold for a group: a sample was lost or used twice.
     """
-    result = unchecked_accounts(cursors, trained)
+    result = unchecked_accounts(cursors, trained, written_off)
     for group, a in result.items():
         if not a.is_lawful:
             raise ValueError(
@@ -107,11 +121,15 @@ def accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, Amount]) -> di
     return result
 
 
-def unchecked_accounts(cursors: Iterable[LaneCursor], trained: Mapping[str, Amount]) -> dict[str, Account]:
+def unchecked_accounts(
+    cursors: Iterable[LaneCursor],
+    trained: Mapping[str, Amount],
+    written_off: Mapping[str, Mapping[str, Amount]],
+) -> dict[str, Account]:
     """The account of every group, whether the law holds or not."""
     read: dict[str, Amount] = {}
     waiting: dict[str, Amount] = {}
-    rejected: dict[str, dict[str, Amount]] = {}
+    rejected = {group: dict(reasons) for group, reasons in written_off.items()}
     lost: dict[str, Amount] = {}
     for cursor in cursors:
         add_amounts(read, cursor.read)
@@ -146,7 +164,8 @@ def require_few_rejects(
         ValueError: naming the group.
     """
     for group, a in all_accounts.items():
-        read, rejected = a.read.samples, a.all_rejected.samples
+        beside = a.rejected.get(BESIDE_NOT_FINITE, Amount())  # nothing is wrong with these
+        read, rejected = a.read.samples, (a.all_rejected - beside).samples
         limit = int(max_fraction * max(sizes[group], read))
         if rejected > limit:
             raise ValueError(
@@ -306,10 +325,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Account], dict[str, Demand]]:
         stored = json.loads(file.read_text(encoding="utf-8"))
         cursors = [LaneCursor.from_json(lane) for lane in stored["lanes"]]
         trained = amounts_from_json(stored["trained"])
+        written_off = {g: amounts_from_json(r) for g, r in stored.get("written_off", {}).items()}
         demands = {group: Demand(**demand) for group, demand in stored["demands"].items()}
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: cannot be read as a checkpoint's data state ({e})") from e
-    return unchecked_accounts(cursors, trained), demands
+    return unchecked_accounts(cursors, trained, written_off), demands
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,10 @@ the row, so a hook may use collectives as long as every rank does.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from torch import Tensor
+
+from data.types import PackedBatch
+from modeling.types import LossTerm
 from train.report import StepReport
 from train.state import TrainState
 
@@ -26,6 +30,12 @@ class Hook:
 
     def heard(self, state: TrainState) -> None:
         """At least one rank asked, and nothing of this step has been done. To end the run, raise: every rank is here."""
+
+    def before_backward(self, state: TrainState, terms: Sequence[LossTerm], divisor: Tensor) -> None:
+        """A pack's losses are there, with their graph; `divisor` `k` is what each will be divided by."""
+
+    def after_pack(self, pack: PackedBatch, totals: Tensor, amounts: Tensor) -> None:
+        """A pack's gradient is there: what every sample adds to every loss and to its count, `k s` float64 on the CPU each."""
 
     def before_update(self, state: TrainState) -> None:
         """The step's whole gradient is there, summed over ranks, neither clipped nor looked at."""

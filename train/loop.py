@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,9 +25,10 @@ from data.ledger import (
     scalars,
 )
 from data.sources import SourceLost
-from data.types import PackedBatch
+from data.types import PackedBatch, Reject
 from modeling.bagel.latents import LatentEncoder
 from modeling.types import LossTerm
+from train import nonfinite
 from train.args import Args
 from train.checkpoint import Checkpoints
 from train.clock import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, Clock
@@ -33,7 +36,7 @@ from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import Stopped, World
 from train.distributed.sharding import clip_grad_norm, sync_gradients
 from train.hooks import Hook
-from train.objective import Objective, divisors
+from train.objective import Objective, by_sample, divisors
 from train.optim import set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
 from train.state import TrainState
@@ -153,10 +156,10 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         return None
     counts, divisor = per_pack.sum(0).tolist(), divisors(per_pack, run.args.loss.loss_divisor)
 
-    totals = torch.zeros(len(counts), dtype=torch.float64)
+    each: list[Tensor] = []
     for i, pack in enumerate(packs):
         sync_gradients(state.model, on=i == accumulation - 1)
-        totals += _forward_backward(run, state, pack, divisor[i])
+        each.append(_forward_backward(run, state, pack, divisor[i]))
     parameters = trained_parameters(state.optimizer)
     state.loss_scale.unscale(parameters)
     for hook in run.hooks:
@@ -164,31 +167,33 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     with run.clock.phase(OPTIMIZER):
         norm = clip_grad_norm(parameters, run.args.optim.max_grad_norm)
     loss_scale = state.loss_scale.value
-    totals, is_update = _require_finite(run, state, packs, totals, norm)
+    outcome = _judge(run, state, packs, each, norm)
     with run.clock.phase(OPTIMIZER):
         lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
-        if is_update:
+        if outcome.is_update:
             state.optimizer.step()
             state.ema.update(state.step)
         state.optimizer.zero_grad(set_to_none=True)
 
     state.step += 1
     state.packs_consumed += int(num_packs)
-    for pack, amounts in zip(packs, trained, strict=True):
-        if not pack.is_filler:
+    for i, (pack, amounts) in enumerate(zip(packs, trained, strict=True)):
+        if pack.is_filler:
+            continue
+        if outcome.skipped:
+            state.write_off(pack.cursor, outcome.written_off[i])
+        else:
             state.consume(pack.cursor, amounts)
-    _write_rejects(run, packs)
+    _write_rejects(run, [*(r for p in packs for r in p.rejects), *chain(*outcome.written_off)])
     run.journal(state.step, packs)
-    if rejects:
+    if rejects or outcome.skipped:
         check_accounts(run, state)
-    means = {
-        n: t / c if c else 0.0 for n, t, c in zip(run.objective.weights, totals.tolist(), counts, strict=True)
-    }
+    means = run.objective.means(outcome.totals, counts)
     return StepReport(
         step=state.step,
-        loss=sum(run.objective.weights[n] * m for n, m in means.items()),
-        losses=means,
-        counts=dict(zip(run.objective.weights, counts, strict=True)),
+        loss=math.nan if outcome.skipped else sum(run.objective.weights[n] * m for n, m in means.items()),
+        losses={} if outcome.skipped else means,
+        counts={} if outcome.skipped else dict(zip(run.objective.weights, counts, strict=True)),
         lr=lr,
         total_norm=float(norm),
         loss_scale=loss_scale,
@@ -219,7 +224,7 @@ def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
     Raises:
         ValueError: if the law does not hold, or too many records were rejected.
     """
-    now = accounts(state.all_cursors(), state.all_trained())
+    now = accounts(state.all_cursors(), state.all_trained(), state.all_written_off())
     require_few_rejects(now, run.group_sizes, run.args.data.max_reject_fraction)
     return now
 
@@ -231,51 +236,93 @@ def forward(run: Run, model: nn.Module, pack: PackedBatch) -> tuple[LossTerm, ..
 
 
 def _forward_backward(run: Run, state: TrainState, pack: PackedBatch, divisor: Tensor) -> Tensor:
-    """Add one pack's gradient; returns its summed losses, `k` float64 on the CPU."""
+    """Add one pack's gradient; returns what every sample adds to every loss, `k s` float64 on the CPU."""
     with run.clock.phase(FORWARD):
         terms = forward(run, state.model, pack)
         loss = run.objective.scalar(terms, divisor)
+    for hook in run.hooks:
+        hook.before_backward(state, terms, divisor)
     with run.clock.phase(BACKWARD):
         (loss * state.loss_scale.value).backward()
-    return torch.stack([t.total.detach() for t in terms]).double().cpu()
+    totals, amounts = by_sample(terms, pack)
+    for hook in run.hooks:
+        hook.after_pack(pack, totals, amounts)
+    return totals
 
 
-def _require_finite(
-    run: Run, state: TrainState, packs: list[PackedBatch], totals: Tensor, norm: Tensor
-) -> tuple[Tensor, bool]:
-    """The totals summed over ranks, which have to be finite, and whether to update the weights: not over an fp16 overflow."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What becomes of a step.
+
+    Attributes:
+        totals: `k` float64, the losses summed over ranks.
+        is_update: whether the weights are to change.
+        skipped: a loss or the gradient is not finite, which is not fp16's doing; `written_off` then has the samples per pack.
+    """
+
+    totals: Tensor
+    is_update: bool = True
+    skipped: bool = False
+    written_off: Sequence[Sequence[Reject]] = ()
+
+
+def _judge(
+    run: Run, state: TrainState, packs: Sequence[PackedBatch], each: Sequence[Tensor], norm: Tensor
+) -> _Outcome:
+    """Whether losses and gradient are finite, on every rank, and what to do if they are not (train/nonfinite.py).
+
+    Raises:
+        ValueError: with `--on_nonfinite stop`, naming losses and samples; with `skip`, if it happens again and again.
+    """
+    names, step = list(run.objective.weights), state.step + 1
+    own = (
+        torch.stack([x.sum(1) for x in each]).sum(0) if each else torch.zeros(len(names), dtype=torch.float64)
+    )
     with run.clock.phase(COMMUNICATION):
-        everywhere = all_sum(totals)
-    if everywhere.isfinite().all():
+        totals = all_sum(own)
+    if totals.isfinite().all():
         before = state.loss_scale.value
         if state.loss_scale.overflowed(norm):
             if run.world.is_main:
                 logger.warning(
                     "step %d: gradients overflow with a loss scale of %g: the weights stay as they are, the scale is %g now",
-                    state.step + 1,
+                    step,
                     before,
                     state.loss_scale.value,
                 )
-            return everywhere, False
+            return _Outcome(totals=totals, is_update=False)
         if norm.isfinite():
-            return everywhere, True
-    bad = [
-        n
-        for n, t in zip(run.objective.weights, totals.tolist(), strict=True)
-        if not torch.tensor(t).isfinite()
-    ]
-    mine = f"rank {run.world.rank}: {', '.join(bad)} in a pack of {', '.join(o.where for p in packs for o in p.origins)}"
-    places = [line for line in gather_objects(mine if bad else "") if line]
+            state.skipped_in_a_row = 0
+            return _Outcome(totals=totals)
+    blamed = [nonfinite.blame(names, x) for x in each]
+    mine = [line for pack, bad in zip(packs, blamed, strict=True) for line in nonfinite.tell(pack, bad)]
+    if mine:
+        results = Path(run.args.checkpoint.results_dir)
+        mine.append(f"kept in {nonfinite.keep_packs(results, step, run.world.rank, packs, blamed)}")
+    places = [f"rank {rank}: {'; '.join(lines)}" for rank, lines in enumerate(gather_objects(mine)) if lines]
     cause = (
         "; ".join(places)
         or f"losses are finite, the gradient's norm is {float(norm)}; lower --lr or --max_grad_norm"
     )
-    raise ValueError(f"step {state.step + 1} is not finite: {cause}")
+    if run.args.train.on_nonfinite == "stop":
+        raise ValueError(
+            f"step {step} is not finite: {cause}; mend or remove the samples, or go on without the step: --on_nonfinite skip"
+        )
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row > nonfinite.MAX_IN_A_ROW:
+        raise ValueError(
+            f"step {step} is not finite, nor were the {nonfinite.MAX_IN_A_ROW} before it, so --on_nonfinite skip does not help: "
+            f"{cause}"
+        )
+    if run.world.is_main:
+        logger.warning("step %d is not finite and changes nothing: %s", step, cause)
+    written_off = [nonfinite.write_off(pack, bad) for pack, bad in zip(packs, blamed, strict=True)]
+    return _Outcome(totals=totals, is_update=False, skipped=True, written_off=written_off)
 
 
-def _write_rejects(run: Run, packs: list[PackedBatch]) -> None:
+def _write_rejects(run: Run, rejects: Sequence[Reject]) -> None:
     """Append this rank's unusable records to `rejects.RANK.jsonl`, and say so."""
-    rows = [asdict(r) for p in packs for r in p.rejects]
+    rows = [asdict(r) for r in rejects]
     if rows:
         path = Path(run.args.checkpoint.results_dir) / f"rejects.{run.world.rank}.jsonl"
         with path.open("a", encoding="utf-8") as file:

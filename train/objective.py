@@ -62,6 +62,11 @@ class Objective:
             for name, loss in chosen.items()
         )
 
+    def means(self, totals: Tensor, counts: Sequence[float]) -> dict[str, float]:
+        """Loss name -> mean; 0 where there was none."""
+        rows = zip(self.weights, totals.tolist(), counts, strict=True)
+        return {name: total / count if count else 0.0 for name, total, count in rows}
+
     def scalar(self, terms: tuple[LossTerm, ...], divisor: Tensor) -> Tensor:
         """What this pack adds to the step's loss.
 

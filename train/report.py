@@ -39,7 +39,7 @@ class StepReport:
 
     Attributes:
         step: updates done, this one included.
-        loss: weighted total.
+        loss: weighted total; not finite where the step was skipped for that (`--on_nonfinite skip`), and `losses` are empty then.
         losses: mean of each term.
         counts: what each term was divided by.
         lr: by parameter group, as used in this step.
@@ -77,7 +77,7 @@ class StepReport:
         """A line of `train_log.jsonl`."""
         return {
             "step": self.step,
-            "loss": self.loss,
+            "loss": self.loss if math.isfinite(self.loss) else None,
             **{
                 name: mean for name, mean in self.losses.items() if self.counts.get(name)
             },  # no value where none was counted
@@ -249,7 +249,8 @@ def window_means(window: list[StepReport]) -> dict[str, float]:
     """TensorBoard's tags over some steps: each term's mean is over all that it counted, rates are over all the time."""
     last, seconds = window[-1], sum(r.seconds for r in window)
     tokens, samples = sum(r.tokens for r in window), sum(r.samples for r in window)
-    means = {"loss": sum(r.loss for r in window) / len(window)}
+    losses = [r.loss for r in window if math.isfinite(r.loss)]
+    means = {"loss": sum(losses) / len(losses) if losses else math.nan}
     for name in dict.fromkeys(name for r in window for name in r.losses):
         counts = [r.counts.get(name, 0.0) for r in window]
         if sum(counts):

@@ -5,7 +5,7 @@ global generators of torch are kept for layers that draw from them (a dropout).
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.ledger import Demand, add_amounts
-from data.types import Amount, LaneCursor, amounts_from_json, amounts_to_json
+from data.types import Amount, LaneCursor, Reject, amounts_from_json, amounts_to_json
 from train.distributed.collectives import gather_objects, rank, world_size
 from train.ema import Ema
 from train.loss_scale import LossScale
@@ -28,9 +28,11 @@ class TrainState:
     Attributes:
         model, optimizer, ema: after sharding.
         cursors: of every lane; this rank keeps those of its own lanes up to date, in `consume`.
-        step: optimizer updates done.
-        packs_consumed: packs that all ranks together have trained on.
+        step: steps done. One whose loss was not finite, or whose fp16 gradients overflowed, has updated nothing.
+        packs_consumed: packs that all ranks together have taken.
         trained: what this rank has trained on, by group. The sum over ranks is what counts.
+        written_off: likewise what it has packed and not trained on because a loss was not finite, by group and reason.
+        skipped_in_a_row: steps that were skipped for that up to now, one after the other, in this run.
         demands: what the mixture asks of every group.
         loss_scale: what the loss is multiplied with before backward.
         unstored: names of parameters that stand in no checkpoint: frozen, and read again from where the run found them.
@@ -43,6 +45,8 @@ class TrainState:
     step: int = 0
     packs_consumed: int = 0
     trained: dict[str, Amount] = field(default_factory=dict)
+    written_off: dict[str, dict[str, Amount]] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
     demands: Mapping[str, Demand] = field(default_factory=dict)
     loss_scale: LossScale = field(default_factory=LossScale)
     unstored: frozenset[str] = frozenset()
@@ -71,6 +75,12 @@ class TrainState:
         self.cursors[cursor.lane] = cursor
         add_amounts(self.trained, trained)
 
+    def write_off(self, cursor: LaneCursor, samples: Iterable[Reject]) -> None:
+        """Note a pack of this rank as taken and not trained on."""
+        self.cursors[cursor.lane] = cursor
+        for sample in samples:
+            add_amounts(self.written_off.setdefault(sample.group, {}), {sample.reason: sample.amount})
+
     def all_cursors(self) -> tuple[LaneCursor, ...]:
         """The newest cursor of every lane, over all ranks; every rank must call."""
         newest: dict[int, LaneCursor] = {}
@@ -85,6 +95,14 @@ class TrainState:
         result: dict[str, Amount] = {}
         for trained in gather_objects(self.trained):
             add_amounts(result, trained)
+        return result
+
+    def all_written_off(self) -> dict[str, dict[str, Amount]]:
+        """What no rank has trained on because a loss was not finite, by group and reason; every rank must call."""
+        result: dict[str, dict[str, Amount]] = {}
+        for written_off in gather_objects(self.written_off):
+            for group, reasons in written_off.items():
+                add_amounts(result.setdefault(group, {}), reasons)
         return result
 
     def weights(self) -> dict[str, Tensor]:
@@ -119,6 +137,7 @@ class TrainState:
             "step": self.step,
             "packs_consumed": self.packs_consumed,
             "trained": amounts_to_json(self.all_trained()),
+            "written_off": {g: amounts_to_json(r) for g, r in self.all_written_off().items()},
             "demands": {group: demand.to_json() for group, demand in self.demands.items()},
             "loss_scale": self.loss_scale.to_json(),
             "lanes": [cursor.to_json() for cursor in self.all_cursors()],
@@ -129,7 +148,9 @@ class TrainState:
         """Take over what `progress` gave, on any number of ranks."""
         self.step, self.packs_consumed = int(stored["step"]), int(stored["packs_consumed"])
         self.cursors = {int(lane["lane"]): LaneCursor.from_json(lane) for lane in stored["lanes"]}
-        self.trained = amounts_from_json(stored["trained"] if rank() == 0 else {})
+        mine = stored if rank() == 0 else {}
+        self.trained = amounts_from_json(mine.get("trained", {}))
+        self.written_off = {g: amounts_from_json(r) for g, r in mine.get("written_off", {}).items()}
         self.loss_scale.load(stored["loss_scale"])
         # They belong to a rank: with another number of ranks, they begin with the seed.
         if len(stored["generators"]) == world_size():

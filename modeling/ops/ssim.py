@@ -31,4 +31,5 @@ def ssim(a: Tensor, b: Tensor, window: int = 11) -> Tensor:
     var_a, var_b, both = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     light = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
     structure = (2 * both + C2) / (var_a + var_b + C2)
-    return (light * structure).flatten(1).mean(1)
+    each: Tensor = (light * structure).flatten(1).mean(1)
+    return each

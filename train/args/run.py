@@ -1,6 +1,7 @@
 """The loop and what it shows."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from train.args.flag import flag
 
@@ -34,6 +35,11 @@ class TrainArgs:
     )
     memory_snapshot: bool = flag(
         False, "Record the allocations on the GPU during --profile_steps, for pytorch.org/memory_viz."
+    )
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop",
+        "A step with a loss or gradient that is not finite: `stop`, or `skip` it, its samples counted as rejected. Either way "
+        "the samples are named, and the packs kept in `nonfinite` in --results_dir.",
     )
     dist_timeout_s: float = flag(600.0, "Seconds a rank waits for the others before it gives up.", low=1)
     validate_only: bool = flag(False, "Check flags, mixture, data and model, then stop without training.")
