@@ -6,6 +6,7 @@ in steps: `quantise` puts such layers into a model on the meta device; after ada
 memory.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -48,12 +49,13 @@ class Precision:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def bytes_per_number(self) -> float:
-        """Of a matrix, its scales included (one per 64 numbers, or per row of some thousands)."""
+    def bytes_of(self, outputs: int, inputs: int) -> int:
+        """Of a matrix and its scales: 4 bytes per row; in 4 bits one scale per block, of 4 bytes or `double`."""
         if self.bits == 8:
-            return 1.0
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if self.double else 4 / 64)
+            return outputs * inputs + 4 * outputs
+        blocks = math.ceil(outputs * inputs / _block(inputs))
+        scales = blocks + 4 * math.ceil(blocks / 256) if self.double else 4 * blocks
+        return math.ceil(outputs * inputs / 2) + scales
 
 
 def bitsandbytes() -> ModuleType:

@@ -44,9 +44,9 @@ def lr_factor(step: int, args: OptimArgs) -> float:
     """
     if step < args.warmup_steps:
         return step / args.warmup_steps
-    if args.lr_scheduler == "constant" or args.lr == 0:
+    if args.lr_scheduler == "constant":
         return 1.0
-    floor = args.min_lr / args.lr
+    floor = args.min_lr / args.lr if args.lr else 0.0  # --lr 0: every group that is trained has a rate of its own
     progress = (step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,0 +1,90 @@
+"""Bytes of what a run keeps on every rank all the time: weights, gradients, moments, averages. What comes and goes (activations,
+gathered units) is not in here.
+
+Counted from the configuration alone, on the meta device: neither weights nor PEFT nor bitsandbytes are needed.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from modeling.adapters import target_pattern
+from modeling.bagel.bagel import Bagel
+from modeling.quantised import DTYPES, Precision
+from train.args import Args
+from train.param_manager import frozen_groups, group_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateBytes:
+    """What a run keeps, on one rank.
+
+    Attributes:
+        trained, frozen, few_bits: numbers of all ranks together; those in few bits are frozen too, and counted apart.
+        adapters: of the trained ones, those of adapters.
+        weights, gradients, moments, averages: bytes per rank. Weights in few bits are whole on every rank, all else is divided.
+    """
+
+    trained: int
+    frozen: int
+    few_bits: int
+    adapters: int
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.averages
+
+
+def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
+    """Count a run's state.
+
+    Args:
+        model: plain, on the meta device.
+        args: all flags.
+        shards: ranks that share one copy.
+
+    Raises:
+        ValueError: if flags name matrices or groups that there are not.
+    """
+    lora, still = args.lora, frozen_groups(args.params, args.optim.lr)
+    adapters = few_bits = 0
+    bytes_few_bits = 0
+    if args.params.lora_enable:
+        for layer in _layers(model, lora.lora_target, "--lora_target"):
+            adapters += lora.lora_r * (layer.in_features + layer.out_features)
+        if lora.bits:
+            kind = Precision(bits=lora.bits, pattern="", double=lora.bnb_4bit_use_double_quant)
+            for layer in _layers(model, lora.quant_target, "--quant_target"):
+                few_bits += layer.weight.numel()
+                bytes_few_bits += kind.bytes_of(layer.out_features, layer.in_features)
+    trained, frozen = adapters, -few_bits
+    for name, p in model.named_parameters():
+        if p.requires_grad and group_of(name) not in still:
+            trained += p.numel()
+        else:
+            frozen += p.numel()
+    kept = trained * 4 + frozen * DTYPES[args.params.frozen_dtype].itemsize
+    return StateBytes(
+        trained=trained,
+        frozen=frozen,
+        few_bits=few_bits,
+        adapters=adapters,
+        weights=kept // shards + bytes_few_bits,
+        gradients=trained * 4 // shards,
+        moments=trained * 8 // shards,
+        averages=trained * 4 // shards,
+    )
+
+
+def _layers(model: Bagel, names: str, flag: str) -> list[nn.Linear]:
+    pattern = target_pattern(model, names, flag)
+    return [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and re.fullmatch(pattern, n) is not None
+    ]
