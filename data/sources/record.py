@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
+from data import png
 from data.rgb_image import RgbImage, jpeg_pixels
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -33,8 +34,6 @@ IMAGE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow's decoders raise on broken files."""
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class SkipSample(Exception):
@@ -149,8 +148,8 @@ def decode_image(content: bytes) -> RgbImage:
         one of `IMAGE_ERRORS`: if it is broken, of a format that is not opened, or larger than `Image.MAX_IMAGE_PIXELS` (a
             small file may claim any size).
     """
-    if content.startswith(PNG_SIGNATURE):
-        _require_png_checksums(content)
+    if content.startswith(png.SIGNATURE):
+        png.require_checksums(content)
     try:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
@@ -158,29 +157,15 @@ def decode_image(content: bytes) -> RgbImage:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise Image.DecompressionBombError(f"{image.width}x{image.height} px, the limit is {limit:,} pixels")
+    pixels = None
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         pixels = jpeg_pixels(content)
-        if pixels is not None:
-            return RgbImage(pixels)
-    image.load()
-    return RgbImage.of(image)
-
-
-def _require_png_checksums(content: bytes) -> None:
-    # Pillow does not look at the checksums of pixel data: a flipped bit would become other pixels.
-    view, at = memoryview(content), len(PNG_SIGNATURE)
-    kind = b""
-    while at + 12 <= len(content):
-        length = int.from_bytes(view[at : at + 4], "big")
-        kind, end = bytes(view[at + 4 : at + 8]), at + 8 + length
-        if end + 4 > len(content):
-            raise ValueError("the PNG file is cut short")
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"checksum of PNG chunk {kind!r} at byte {at} does not match")
-        if kind == b"IEND":
-            return
-        at = end + 4
-    raise ValueError("the PNG file is cut short")
+    elif image.format == "PNG":
+        pixels = png.png_pixels(content)
+    if pixels is None:
+        image.load()
+        return RgbImage.of(image)
+    return RgbImage(pixels)
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
-from modeling.optional import if_installed
+from data.compiled import compiled
 
 BITS = 22
 HALF = 1 << BITS - 1
@@ -115,13 +115,10 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 @cache
 def _kernels() -> Kernels | None:
     """None if Pillow has to do it."""
-    numba = if_installed("numba")
-    if numba is None:
+    compiled_mix, compiled_transpose = compiled(mix), compiled(transpose)
+    if compiled_mix is None or compiled_transpose is None:
         return None
-    try:
-        kernels = tuple(numba.njit(nogil=True, cache=True)(function) for function in (mix, transpose))
-    except RuntimeError:  # there is no folder that would keep the machine code
-        kernels = tuple(numba.njit(nogil=True)(function) for function in (mix, transpose))
+    kernels = compiled_mix, compiled_transpose
     random = np.random.default_rng(0)
     for before, (height, width) in CASES:
         pixels = random.integers(0, 2, (*before, 3), dtype=np.uint8) * np.uint8(

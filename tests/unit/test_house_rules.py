@@ -34,7 +34,7 @@ CORE = {
 
 OPTIONAL = (
     "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
-    "matplotlib", "wandb", "pycocotools", "pyarrow", "av",
+    "matplotlib", "wandb", "pycocotools", "pyarrow", "av", "numba", "simplejpeg", "isal",
 )  # fmt: skip
 
 WRITTEN = (

@@ -1,6 +1,7 @@
 """Packages that make pixels faster change none of them: the resize and the JPEG decoder against Pillow."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import rgb_image
+from data import compiled, png, rgb_image
 from data.rgb_image import jpeg_pixels
 from data.sources.record import IMAGE_ERRORS, decode_image
 from data.transforms import resize as module
@@ -20,10 +21,10 @@ def without_packages(monkeypatch):
     """As if neither were installed."""
 
     def forget():
-        for cached in (module._kernels, rgb_image._jpeg_decoder):
+        for cached in (module._kernels, rgb_image._jpeg_decoder, png._unfilter, png._inflating):
             cached.cache_clear()
 
-    for place in (module, rgb_image):
+    for place in (compiled, rgb_image, png):
         monkeypatch.setattr(place, "if_installed", lambda name: None)
     forget()
     yield
@@ -62,7 +63,7 @@ def test_without_numba_pillow_does_it(without_packages):
 
 def test_kernels_that_differ_from_pillow_are_not_used(without_packages, monkeypatch):
     numba = pytest.importorskip("numba")
-    monkeypatch.setattr(module, "if_installed", lambda name: numba)
+    monkeypatch.setattr(compiled, "if_installed", lambda name: numba)
     monkeypatch.setattr(module, "_weights", module._weights.__wrapped__)
     monkeypatch.setattr(module, "_cubic", lambda x: np.maximum(1 - x, 0.0))  # a linear kernel
     assert module._kernels() is None
@@ -99,6 +100,65 @@ def test_other_colours_are_left_to_pillow():
     assert np.array_equal(decode_image(file.getvalue()).rgb, expected)
 
 
+def filtered(
+    pixels: np.ndarray, kinds: list[int], pieces: int = 1, more: tuple[bytes, bytes] | None = None
+) -> bytes:
+    """A PNG file whose rows are written with these filters in turn, in so many chunks; encoded as the specification says."""
+    height, width, _ = pixels.shape
+    above = np.zeros(3 * width, np.int64)
+    rows = b""
+    for y, row in enumerate(pixels.reshape(height, -1).astype(np.int64)):
+        left, corner = (np.concatenate([np.zeros(3, np.int64), line])[: 3 * width] for line in (row, above))
+        distances = [abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)]
+        nearest = np.select(
+            [(distances[0] <= distances[1]) & (distances[0] <= distances[2]), distances[1] <= distances[2]],
+            [left, above],
+            corner,
+        )
+        guess = [0 * row, left, above, (left + above) // 2, nearest]
+        kind = kinds[y % len(kinds)]
+        rows += bytes([kind]) + ((row - guess[min(kind, 4)]) % 256).astype(np.uint8).tobytes()
+        above = row
+    packed = zlib.compress(rows)
+    step = -(-len(packed) // pieces)
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + png.PLAIN
+    chunks = [(b"IHDR", header), *([more] if more else [])]
+    chunks += [(b"IDAT", packed[at : at + step]) for at in range(0, len(packed), step)]
+    return png.SIGNATURE + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in [*chunks, (b"IEND", b"")]
+    )
+
+
+@pytest.mark.parametrize("kinds", [[0], [1], [2], [3], [4], [4, 3, 2, 1, 0], [1, 4, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(9, 7, 3), (1, 1, 3), (40, 33, 3)], ids=str)
+def test_a_plain_png_has_pillows_pixels(shape, kinds):
+    pytest.importorskip("numba")
+    pixels = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+    file = filtered(pixels, kinds, pieces=3)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), pixels)
+    assert np.array_equal(png.png_pixels(file), pixels) and np.array_equal(decode_image(file).rgb, pixels)
+
+
+def test_other_pngs_are_left_to_pillow():
+    pixels = edges(6, 5)
+    for image in (
+        Image.fromarray(pixels).convert("RGBA"), Image.fromarray(pixels).convert("L"), Image.fromarray(pixels).quantize(4),
+    ):  # fmt: skip
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        assert png.png_pixels(file.getvalue()) is None
+        assert np.array_equal(decode_image(file.getvalue()).rgb, np.asarray(image.convert("RGB")))
+    black_is_transparent = filtered(pixels, [0], more=(b"tRNS", bytes(6)))
+    assert png.png_pixels(black_is_transparent) is None
+    assert decode_image(black_is_transparent).rgb[(pixels == 0).all(-1)].min() == 255
+    for broken in (
+        filtered(pixels, [7]),
+        filtered(pixels[:3], [1]).replace(bytes([0, 0, 0, 3, 8, 2]), bytes([0, 0, 0, 9, 8, 2])),
+    ):
+        assert png.png_pixels(broken) is None
+
+
 def outcome(content: bytes) -> bytes | None:
     try:
         return decode_image(content).rgb.tobytes()
@@ -106,9 +166,11 @@ def outcome(content: bytes) -> bytes | None:
         return None
 
 
-def test_the_same_broken_files_are_refused_with_and_without_the_decoder(request):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_same_broken_files_are_refused_with_and_without_the_packages(kind, request):
     rng = np.random.default_rng(2)
-    whole = jpeg(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    pixels = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    whole = jpeg(pixels) if kind == "JPEG" else filtered(pixels, [4, 1, 3])
     files = [whole, whole[: len(whole) // 2], whole[:-2], whole + b"more", b"\xff\xd8\xff" + bytes(50)]
     for _ in range(300):
         broken = bytearray(whole)
@@ -117,6 +179,6 @@ def test_the_same_broken_files_are_refused_with_and_without_the_decoder(request)
         files.append(bytes(broken))
     with_packages = [outcome(file) for file in files]
     request.getfixturevalue("without_packages")
-    assert rgb_image._jpeg_decoder() is None
+    assert rgb_image._jpeg_decoder() is png._unfilter() is None
     assert with_packages == [outcome(file) for file in files]
-    assert 5 < sum(made is None for made in with_packages) < 300
+    assert 5 < sum(made is None for made in with_packages) < len(files)
