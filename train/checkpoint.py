@@ -4,8 +4,9 @@
 and `manifest.json` (size of every other file, hash of every JSON file, figures of the step). It is written as `NNNNNNN.tmp` and
 renamed when complete, so a directory with that name is whole; what is read of it has to be what was written.
 
-Training stands still only while every rank copies its share aside; a thread writes it. What goes wrong there is known to all
-ranks, and raised by the next step, the next save or the end of the run.
+Weights change only when the optimizer steps. So a thread copies every rank's share aside during the next forward and backward,
+and writes it while training goes on: training waits only if the copy is not ready then (`release`). What goes wrong there is
+known to all ranks, and raised by the next step, the next save or the end of the run.
 """
 
 import json
@@ -15,7 +16,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,16 @@ from torch import Tensor
 
 from train.args import CheckpointArgs
 from train.distributed.collectives import Group, background_group, gather_objects, on_main, rank, world_size
-from train.distributed.dcp import INDEX, Piece, Saver, StoredTensors, load_tensors, write_index, write_pieces
+from train.distributed.dcp import (
+    INDEX,
+    Piece,
+    Saver,
+    StoredTensors,
+    load_tensors,
+    present,
+    write_index,
+    write_pieces,
+)
 from train.files import describe_file, discard, sync_directory, write_json
 from train.hooks import Hook
 from train.report import StepReport
@@ -101,7 +110,7 @@ class Checkpoints:
         self.keep_best = keep_best
         self.best_is_highest = best_is_highest
         self.timeout_s = timeout_s
-        self.saved_step: int | None = None
+        self.release_later = False
         self.beside: Beside = lambda state: lambda draft: None
         self._saver = Saver(aside=asynchronous)
         self._group: Group | None = None
@@ -144,6 +153,8 @@ class Checkpoints:
     def save(self, state: TrainState) -> Path:
         """Write the present step; every rank must call. Waits for the save before.
 
+        If `asynchronous` and `release_later`, the caller has to call `release` before anything changes the state.
+
         Returns:
             its directory; if `asynchronous`, it will stand there when `finish` has returned.
 
@@ -151,23 +162,35 @@ class Checkpoints:
             ValueError: on every rank, if this one or the one before cannot be written; what was there before stays valid.
         """
         self.finish()
-        begun = time.perf_counter()
-        share, progress = self._saver.take(state.tensors()), state.progress()
-        beside = self.beside(state)
-        if self._group is None:
+        tensors, progress, now = state.tensors(), state.progress(), present()
+        if self.asynchronous and self._group is None:
             self._group = background_group(self.timeout_s)
         figures = {name: sum(values) / len(values) for name, values in self._figures.items()}
         self._figures.clear()
-        final = self.directory / f"{state.step:07d}"
-        self.saved_step = state.step
-        self._writing = _Background(lambda: self._write(final, state.step, share, progress, figures, beside))
+        step, final = state.step, self.directory / f"{state.step:07d}"
+        beside = self.beside(state)
+        copied = threading.Event()
+
+        def take() -> list[tuple[Piece, Tensor]]:
+            try:
+                return self._saver.take(tensors, self._group, now)
+            finally:
+                copied.set()
+
+        self._writing = _Background(lambda: self._write(final, step, take, progress, figures, beside), copied)
         if self.asynchronous:
             self._writing.start()
-            logger.info("saving %s (training waited %.2f s)", final, time.perf_counter() - begun)
+            if not self.release_later:
+                self.release()
         else:
             self._writing.run()
             self.finish()
         return final
+
+    def release(self) -> None:
+        """Wait until the tensors may change again: what is being saved has been copied aside, or could not be."""
+        if self._writing is not None:
+            self._writing.copied.wait()
 
     @property
     def failed(self) -> bool:
@@ -276,16 +299,21 @@ class Checkpoints:
         self,
         final: Path,
         step: int,
-        share: Sequence[tuple[Piece, Tensor]],
+        take: Callable[[], Sequence[tuple[Piece, Tensor]]],
         progress: Mapping[str, Any],
         figures: Mapping[str, float],
         beside: Callable[[Path], None],
     ) -> None:
-        """Everything but taking the tensors. It may run in a thread, so it talks over a group of its own."""
+        """All of a save. It may run in a thread, so it talks over a group of its own."""
         draft = final.with_name(final.name + ".tmp")
-        on_main(lambda: _begin(draft), self._group)
+        share: Sequence[tuple[Piece, Tensor]] = ()
         pieces: list[Piece] = []
         failure = ""
+        try:
+            share = take()
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: it has to tell them
+            failure = f"{draft}: rank {rank()} cannot copy its share aside: {type(error).__name__}: {error}"
+        on_main(lambda: _begin(draft), self._group)
         try:
             if share:
                 pieces = write_pieces(draft / TENSORS, share, f"{rank()}.safetensors")
@@ -456,8 +484,9 @@ def _describe_files(path: Path) -> dict[str, dict[str, Any]]:
 class _Background:
     """Something done in a thread, whose failure is kept for whoever waits."""
 
-    def __init__(self, action: Callable[[], None]):
+    def __init__(self, action: Callable[[], None], copied: threading.Event):
         self._action = action
+        self.copied = copied
         self._thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
         self.error: BaseException | None = None
 
@@ -469,6 +498,8 @@ class _Background:
             self._action()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread has to hear of it
             self.error = error
+        finally:
+            self.copied.set()
 
     def finish(self) -> None:
         """Wait; raise what went wrong."""
@@ -483,6 +514,10 @@ class SaveInBackground(Hook):
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
+        checkpoints.release_later = True
+
+    def before_update(self, state: TrainState) -> None:
+        self.checkpoints.release()
 
     def asks(self) -> bool:
         return self.checkpoints.failed

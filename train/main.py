@@ -28,7 +28,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
-from modeling.build import Values, build_model, initial_values, starting_values, stored_values, weights_kind
+from modeling.build import Values, build_model, starting_values, stored_values, weights_kind
 from modeling.ops.attention_backends import usable_backend
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
@@ -218,9 +218,9 @@ def require_heads(config: BagelConfig, groups: Sequence[Group], model_path: Path
 
 
 def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:
-    """Where the weights come from: a checkpoint of ours is read later, over random values."""
+    """Where the weights come from. A checkpoint of ours is read later, over zeros that cost nothing."""
     if start is not None and not start.published:
-        return initial_values(model.config, args.train.global_seed)
+        return lambda name, shape: torch.zeros(()).expand(shape)
     directory = source.model_path if start is None else start.path
     kind = weights_kind(directory, prefer_ema=args.checkpoint.finetune_from_ema)
     if start is not None:

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from train.distributed.collectives import gather_objects, rank
+from train.distributed.collectives import Group, gather_objects, rank
 from train.files import write_json
 
 INDEX = "index.json"
@@ -117,10 +119,17 @@ class Saver:
         self._copies: list[Tensor] = []
 
     @torch.no_grad()
-    def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[Piece, Tensor]]:
+    def take(
+        self, tensors: Mapping[str, Tensor], group: Group | None = None, after: torch.cuda.Event | None = None
+    ) -> list[tuple[Piece, Tensor]]:
         """This rank's pieces with their content as it is now; every rank must call, with the same names.
 
         The ranks talk with each other the first time, to divide the work, and when names or shapes have changed.
+
+        Args:
+            tensors: they must not change until this returns.
+            group: to talk over.
+            after: on a GPU, what has to be done there before; the copy is made beside what is done there meanwhile.
 
         Returns:
             the tensors lie in host memory if `aside`, else they are views of the ones that are trained.
@@ -129,18 +138,40 @@ class Saver:
         planner.set_up_planner(dict(tensors), is_coordinator=rank() == 0)
         known = [(name, x.shape) for name, x in tensors.items()]
         if known != self._known:
-            shares, _ = planner.create_global_plan(gather_objects(planner.create_local_plan()))
+            shares, _ = planner.create_global_plan(gather_objects(planner.create_local_plan(), group))
             self._items = [item for item in shares[rank()].items if _piece(item).shape.count(0) == 0]
             self._known, self._copies = known, []
         live = [cast(Tensor, planner.resolve_data(item)) for item in self._items]
         if self.aside:
             if not self._copies:
                 self._copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in live]
-            torch._foreach_copy_(self._copies, live, non_blocking=True)
-            if any(x.is_cuda for x in live):
-                torch.cuda.current_stream().synchronize()
+            with _beside(after) as stream:
+                torch._foreach_copy_(self._copies, live, non_blocking=True)
+            if stream is not None:
+                stream.synchronize()
             live = self._copies
         return [(_piece(item), x) for item, x in zip(self._items, live, strict=True)]
+
+
+@contextmanager
+def _beside(after: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+    """A stream of its own on the GPU, which begins after an event; nothing without one."""
+    if after is None:
+        yield None
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(after)
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def present() -> torch.cuda.Event | None:
+    """The moment on the GPU at which everything asked of it so far is done; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def write_pieces(directory: Path, share: Sequence[tuple[Piece, Tensor]], file: str) -> list[Piece]:
@@ -298,23 +329,25 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(failures[0])
 
 
-def _read_piece(source: BinaryIO, piece: Piece, item: ReadItem, target: Tensor) -> None:
-    """Read one piece and put what is wanted of it into `target`."""
-    dtype = DTYPES[piece.dtype]
+def _read_piece(source: FileIO, piece: Piece, item: ReadItem, target: Tensor) -> None:
+    """Put what is wanted of one piece into `target`.
+
+    Raises:
+        ValueError: if it is not what was written.
+    """
+    dtype, check = DTYPES[piece.dtype], Checksum()
     is_whole = not any(item.storage_offsets) and tuple(item.lengths) == piece.shape
     in_place = is_whole and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
     box = target if in_place else torch.empty(piece.shape, dtype=dtype)
-    check = Checksum()
     source.seek(piece.offset)
     for chunk in _bytes(box).split(CHUNK_BYTES):
-        view = chunk.numpy().data
-        done = 0
-        while done < len(view):
-            count = source.readinto(view[done:])  # type: ignore[attr-defined]  # an unbuffered file has it
+        left = chunk.numpy().data
+        while left:
+            count = source.readinto(left)
             if not count:
                 raise ValueError(f"{source.name}: ends before {piece.name}: it was cut off")
-            done += count
-        check.update(chunk)
+            left = left[count:]
+        check.update(chunk)  # while it is in the cache
     if check.hex() != piece.check:
         raise ValueError(f"{source.name}: {piece.name} changed since it was written")
     if not in_place:
