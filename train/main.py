@@ -3,7 +3,6 @@
 Reads as the table of contents of a training run; `--help` lists the flags.
 """
 
-import functools
 import logging
 import os
 import sys
@@ -35,6 +34,7 @@ from train.args import Args, FsdpArgs
 from train.checkpoint import Checkpoints, SaveInBackground, Start
 from train.clock import COMMUNICATION, Clock
 from train.config import parse_args
+from train.curves import GradientShares, LossesBySource
 from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
 from train.distributed.sharding import DTYPES, materialise, shard_model, time_collectives
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                 (
                     stop,
                     SaveInBackground(checkpoints),
-                    *beside(run, reporter, validation_plan(plan, val_groups), tokenizer, checkpoints),
+                    *beside(run, model, reporter, validation_plan(plan, val_groups), tokenizer, checkpoints),
                 )
             ) as hooks,
         ):
@@ -158,10 +158,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def beside(
-    run: Run, reporter: Reporter, val_plan: StreamPlan, tokenizer: Tokenizer, checkpoints: Checkpoints
+    run: Run,
+    model: Bagel,
+    reporter: Reporter,
+    val_plan: StreamPlan,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
 ) -> tuple[Hook, ...]:
     """What is looked at beside training, in the order in which it is done after a step."""
     hooks: list[Hook] = []
+    hooks.append(
+        LossesBySource(reporter, run.objective, run.args.train.log_every, run.args.optim.total_steps)
+    )
+    if every := run.args.loss.gradient_share_every:
+        hooks.append(GradientShares(model, reporter, run.objective, every))
     if (steps := run.args.train.profiled) is not None:
         folder = Path(run.args.checkpoint.results_dir) / "profile"
         hooks.append(Profile(folder, *steps, run.world, memory=run.args.train.memory_snapshot))

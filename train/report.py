@@ -25,8 +25,8 @@ from train.files import reopen_log
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE, VALIDATION_FILE, TEXT_FILE, TENSORBOARD_DIR = (
-    "train_log.jsonl", "val_log.jsonl", "log.txt", "tensorboard",
+LOG_FILE, VALIDATION_FILE, CURVES_FILE, TEXT_FILE, TENSORBOARD_DIR = (
+    "train_log.jsonl", "val_log.jsonl", "curves.jsonl", "log.txt", "tensorboard",
 )  # fmt: skip
 COUNT_TAGS = {"ce": "total_ce_tokens", "mse": "total_mse_tokens"}
 """Published names of the terms' counts; other terms' are `total_<term>`."""
@@ -119,7 +119,7 @@ class Reporter:
         self.log_every = log_every
         self.is_main = is_main
         self._directory, self._first_step = directory, first_step
-        self._validations: TextIO | None = None
+        self._files: dict[str, TextIO] = {}
         self._window: list[StepReport] = []
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         if not is_main:
@@ -171,15 +171,25 @@ class Reporter:
         """Take in the figures of a validation, named `val/…`: a line of `val_log.jsonl`, one for people, TensorBoard."""
         if not self.is_main:
             return
-        if self._validations is None:
-            self._validations = reopen_log(self._directory / VALIDATION_FILE, self._first_step)
-        self._validations.write(json.dumps({"step": step, **figures}) + "\n")
-        self._validations.flush()
+        self._append(VALIDATION_FILE, step, figures)
         short = {name.removeprefix("val/"): value for name, value in figures.items() if name.count("/") == 1}
         seconds = short.pop("seconds", 0.0)
         shown = " ".join(f"{name} {value:.4f}" for name, value in short.items())
         logger.info("validation at step %d: %s | %s", step, shown, duration(seconds))
         self.scalars(step, figures)
+
+    def curves(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take in figures that are not there in every step (train/curves.py): a line of `curves.jsonl`, TensorBoard."""
+        if self.is_main and figures:
+            self._append(CURVES_FILE, step, {n: x if math.isfinite(x) else None for n, x in figures.items()})
+            self.scalars(step, figures)
+
+    def _append(self, name: str, step: int, figures: Mapping[str, float | None]) -> None:
+        """Write a line to a file that is there from its first line on."""
+        if name not in self._files:
+            self._files[name] = reopen_log(self._directory / name, self._first_step)
+        self._files[name].write(json.dumps({"step": step, **figures}) + "\n")
+        self._files[name].flush()
 
     def image(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
         """Show a picture `hh ww 3` in TensorBoard and Weights & Biases."""
@@ -212,8 +222,8 @@ class Reporter:
         if not self.is_main:
             return
         self._log.close()
-        if self._validations is not None:
-            self._validations.close()
+        for file in self._files.values():
+            file.close()
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
         if self._board is not None:
@@ -324,7 +334,7 @@ def _set_aside(directory: Path) -> list[str]:
         return []
     number = next(n for n in itertools.count(1) if not log.with_suffix(f".{n}.jsonl").exists())
     names = []
-    for name in (LOG_FILE, VALIDATION_FILE, TENSORBOARD_DIR):
+    for name in (LOG_FILE, VALIDATION_FILE, CURVES_FILE, TENSORBOARD_DIR):
         path = directory / name
         if path.exists():
             target = path.with_name(f"{path.stem}.{number}{path.suffix}")

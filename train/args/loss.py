@@ -25,6 +25,13 @@ class LossArgs:
         False, "Weigh the tokens of a text by 1/sqrt(its length), not all the same."
     )
 
+    gradient_share_every: int = flag(
+        0,
+        "Steps between looks at each loss's share of the gradient at the trunk's end (`grad_share/`); 0: never. A look costs a "
+        "backward pass per loss through what comes after the trunk.",
+        low=0,
+    )
+
     def weights(self) -> dict[str, float]:
         """Weight of each row of `modeling.losses.LOSSES` that is used."""
         ce = "ce_reweighted" if self.ce_loss_reweighting else "ce"

@@ -6,8 +6,8 @@ global counts before backward, so nothing here divides.
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import cast
 
@@ -157,6 +157,19 @@ def regather(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def extra_backward(model: nn.Module) -> Iterator[None]:
+    """Inside, backward passes that stop before the parameters leave the model ready for the one that trains."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_is_last_backward(False)
+    model.set_reshard_after_backward(False)
+    yield
+    model.set_is_last_backward(True)
+    model.set_reshard_after_backward(True)
 
 
 @torch.no_grad()
