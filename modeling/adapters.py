@@ -43,16 +43,20 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 _LAYER = r"language_model\.model\.layers\.\d+\."
 _UND, _GEN = rf"{_LAYER}self_attn\.[qkvo]_proj", rf"{_LAYER}self_attn\.[qkvo]_proj{GEN}"
 _UND_MLP, _GEN_MLP = rf"{_LAYER}mlp\.(gate|up|down)_proj", rf"{_LAYER}mlp{GEN}\.(gate|up|down)_proj"
+_VIT = r"vit_model\..+\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 TARGETS: Mapping[str, str] = {
     "llm_attn": f"{_UND}|{_GEN}",
     "llm_all": f"{_UND}|{_UND_MLP}|{_GEN}|{_GEN_MLP}",
     "mot_und": f"{_UND}|{_UND_MLP}",
     "mot_gen": f"{_GEN}|{_GEN_MLP}",
-    "vit": r"vit_model\..+\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
+    "vit": _VIT,
+    "vision": _VIT,
     "connector": r"connector\.fc[12]",
+    "merger": r"connector\.fc[12]",
     "flow": r"time_embedder\.mlp\.[02]|vae2llm|llm2vae",
 }
-"""Name of a set of matrices -> pattern of the names of their layers. Heads are added by their own names."""
+"""Name of a set of matrices -> pattern of the names of their layers. Heads are added by their own names; `vision` and `merger`
+are the published detection system's names of `vit` and `connector`."""
 
 Values = Callable[[str, torch.Size], Tensor]
 

@@ -245,14 +245,14 @@ class AdapterTuning(Tuning):
             "precision": precision,
             "run": self.run,
             "step": state.step,
-            "code": code_version(),
         }
 
         def write(folder: Path) -> None:
+            version = code_version()
             for kind in KINDS:
                 place = folder / "adapter" / kind
                 place.mkdir(parents=True)
-                write_adapter(place, self.spec, tensors[kind], modules, record)
+                write_adapter(place, self.spec, tensors[kind], modules, {**record, "code": version})
                 sync_directory(place)
 
         return write
