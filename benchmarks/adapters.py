@@ -147,7 +147,7 @@ def train(model: Path, data: Path, results: Path, flags: Mapping[str, Any]) -> N
         "index_cache_dir": results / "index",
         **flags,
     }
-    command = [sys.executable, ROOT / "train" / "main.py", *(f"--{k}={v}" for k, v in words.items())]
+    command = [sys.executable, str(ROOT / "train" / "main.py"), *(f"--{k}={v}" for k, v in words.items())]
     subprocess.run(command, check=True, env={**os.environ, "WEFT_DATA": str(data)}, stdout=sys.stderr)
 
 

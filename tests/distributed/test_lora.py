@@ -12,6 +12,14 @@ PER_UNIT = {"sharding_strategy": "FULL_SHARD", "min_unit_params": 0}
 CASES: dict[str, dict[str, object]] = {
     "sharded base": {**PER_UNIT, "lora_modules_to_save": "box"},
     "base in 4 bits": {**PER_UNIT, "load_in_4bit": True, "recompute": True},
+    "base in 4 bits, bf16, offload": {
+        **PER_UNIT,
+        "load_in_4bit": True,
+        "recompute": True,
+        "cpu_offload": True,
+        "param_dtype": "bf16",
+        "frozen_dtype": "bf16",
+    },
     "base in 8 bits, units joined": {"load_in_8bit": True, "lora_target": "mot_gen"},
     "frozen weights in bf16": {**PER_UNIT, "param_dtype": "bf16", "frozen_dtype": "bf16"},
 }
