@@ -34,10 +34,18 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.now = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time as this phase's."""
+        """Count the block's time as this phase's; `now` is its name meanwhile, and stays if it does not come to its end."""
+        outer, self.now = self.now, name
+        with self._counted(name):
+            yield
+        self.now = outer
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
         # The wait for data is the host's, whatever the device.
         if self._on_gpu and name != DATA:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

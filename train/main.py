@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             ) as hooks,
         ):
             run = replace(run, hooks=hooks)
+            world.lookout.follow(lambda: (state.step + 1, run.clock.now))
             train(run, state, batches, checkpoints, reporter)
         tuning.export(state)
         logger.info("wrote what was trained to %s", tuning.target)

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 from data.processes import STOP_SIGNALS
-from train.distributed.session import Stopped
+from train.distributed.session import Stopped, forget_stop
 from train.hooks import Hook
 from train.state import TrainState
 
@@ -22,6 +22,10 @@ class StopOnSignal(Hook):
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._note)
+            forget_stop()
+            signal.pthread_sigmask(
+                signal.SIG_UNBLOCK, STOP_SIGNALS
+            )  # `train/launch.py` starts ranks with both blocked
 
     def asks(self) -> bool:
         return self.received is not None

@@ -11,12 +11,13 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing import util
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from train.distributed.lookout import Lookout
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ STOPPED_CODE = 75
 STOPPED_FILE = "WEFT_STOPPED_FILE"
 """Set by `train/launch.py`: where a stopped rank leaves a note instead of the code, which torchrun would take for a failure."""
 
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -45,12 +49,13 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Who this process is among all of the run."""
+    """Who this process is among all of the run; `lookout` watches the others."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    lookout: Lookout = field(default_factory=Lookout)
 
     @property
     def is_main(self) -> bool:
@@ -79,18 +84,46 @@ def session(timeout_s: float = 600.0, seed: int = 0) -> Iterator[World]:
     torch.manual_seed(seed * world.size + world.rank)
     owned = not dist.is_initialized()
     if owned:
-        _open_group(world, timeout_s)
+        store = _open_group(world, timeout_s)
+        world = replace(world, lookout=Lookout(store, world.rank, world.size, timeout_s, finish))
     try:
         yield world
-    except BaseException:
+    except BaseException as error:
         # Other ranks may be waiting in a collective: no barrier here. The process ends at once and so do they.
         if owned and world.size == 1:
             dist.destroy_process_group()
+        if isinstance(error, Exception) and not isinstance(error, Stopped):
+            _tell_others(world.lookout, error)
         raise
+    world.lookout.close()
     if owned:
         if world.size > 1:
             dist.barrier()
         dist.destroy_process_group()
+
+
+def _tell_others(lookout: Lookout, error: Exception) -> None:
+    """Say that this rank fails, or find out that it is only a victim of another one.
+
+    Raises:
+        SystemExit: if another rank has failed, which has said why; nothing need be added.
+        ValueError: if a collective gave up: says who is late.
+    """
+    if any(sign in str(error) for sign in LOST_PEER) and _failed_elsewhere(lookout):
+        raise SystemExit(1) from error
+    if isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)) and lookout.size > 1:
+        message = f"the ranks waited for each other longer than --dist_timeout_s; {lookout.report()}"
+        late = ValueError(message)
+        lookout.tell_failure(late)
+        raise late from error
+    lookout.tell_failure(error)
+
+
+def _failed_elsewhere(lookout: Lookout) -> bool:
+    try:
+        return bool(lookout.failure())
+    except RuntimeError:
+        return False
 
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
@@ -138,6 +171,12 @@ def _stopped_code() -> int:
     return STOPPED_CODE
 
 
+def forget_stop() -> None:
+    """Remove what an earlier attempt has left for `train/launch.py`: torchrun stops the ranks, too, when nodes come and go."""
+    if note := os.environ.get(STOPPED_FILE):
+        Path(note).unlink(missing_ok=True)
+
+
 def _world() -> World:
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -156,15 +195,24 @@ def _world() -> World:
     return World(rank=rank, local_rank=local_rank, size=size, device=device)
 
 
-def _open_group(world: World, timeout_s: float) -> None:
+def _open_group(world: World, timeout_s: float) -> dist.Store:
     # A gloo side beside NCCL carries objects and CPU tensors; "cpu:gloo,cuda:nccl" is refused where there is no CUDA.
     on_gpu = world.device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=world.device if on_gpu else None)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=dist.PrefixStore("group", store),
+        rank=world.rank,
+        world_size=world.size,
+        device_id=world.device if on_gpu else None,
+    )
+    return store
 
 
 def _set_threads() -> None:
