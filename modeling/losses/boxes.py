@@ -8,7 +8,7 @@ from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 
 def _pairs(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    predicted = output.heads["box"].boxes
+    predicted = output.heads["box"].boxes.float()
     region = batch.regions.get("box")
     return predicted, region.boxes if region is not None else predicted.detach()
 

@@ -12,7 +12,7 @@ DICE_EPS = 1e-3
 
 def _pixels(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits `p`, truth `p`, mask of each pixel `p`, areas `r`."""
-    logits = output.heads["mask"].mask_logits
+    logits = output.heads["mask"].mask_logits.float()  # thousands of pixels are summed
     region = batch.regions.get("mask")
     if region is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=logits.device)
