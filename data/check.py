@@ -24,6 +24,7 @@ from data.inspect import add_plan_flags, parse_plan_args, stream_plan
 from data.mixture import build_groups, load_mixture
 from data.prediction import predict
 from data.scan import scan_groups
+from data.stdout import nobody_reads
 from data.tokens import Tokenizer
 
 TRAINER_LIMITS = {
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.writelines(f"{line}\n" for line in lines)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough (`| head`); what is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_reads()
     return 1 if report.counted else 0
 
 

@@ -7,7 +7,6 @@ Reads the mixture and the configuration and tokenizer of a model directory; need
 
 import argparse
 import itertools
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from data.mixture import Group, build_groups, load_mixture
 from data.packing import pack
 from data.policy import POLICIES
 from data.run_file import run_file_lines
+from data.stdout import nobody_reads
 from data.stream import LaneStream, StreamFlags, StreamPlan
 from data.tokens import SpecialTokens, Tokenizer
 from data.types import LaneCursor, PackedBatch, Region, Sample, Segment
@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"attention pattern: {file}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough (`| head`); what is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_reads()
         return 1
     except (ValueError, OSError) as e:
         sys.stderr.write(f"error: {e}\n")

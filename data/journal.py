@@ -72,7 +72,7 @@ def plan_to_json(plan: StreamPlan, specs: Sequence[GroupSpec], tokenizer: Tokeni
     }
 
 
-def plan_from_json(stored: Mapping[str, Any]) -> StreamPlan:
+def plan_from_json(stored: Mapping[str, Any], index_cache_dir: str = "") -> StreamPlan:
     """The plan again, with the groups' files open.
 
     Raises:
@@ -100,7 +100,7 @@ def plan_from_json(stored: Mapping[str, Any]) -> StreamPlan:
     except (KeyError, TypeError) as e:
         raise ValueError(f"the journal's plan is of another version of Weft ({e})") from e
     tokenizer = Tokenizer(stored["tokenizer"])
-    groups = build_groups(specs, tokenizer)
+    groups = build_groups(specs, tokenizer, index_cache_dir)
     return StreamPlan(
         groups=groups, layout=layout, special=tokenizer.special, budget=budget, dropout=dropout, **rest
     )

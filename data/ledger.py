@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.sources import TooManyRejects
+from data.stdout import nobody_reads
 from data.types import Amount, LaneCursor, PackedBatch, amounts_from_json
 
 DATA_FILE = "data.json"
@@ -161,14 +163,14 @@ def require_few_rejects(
         max_fraction: of a group's records that may be unusable.
 
     Raises:
-        ValueError: naming the group.
+        TooManyRejects: naming the group.
     """
     for group, a in all_accounts.items():
         beside = a.rejected.get(BESIDE_NOT_FINITE, Amount())  # nothing is wrong with these
         read, rejected = a.read.samples, (a.all_rejected - beside).samples
         limit = int(max_fraction * max(sizes[group], read))
         if rejected > limit:
-            raise ValueError(
+            raise TooManyRejects(
                 f"group {group!r}: {rejected} of {read} records read could not be used, the limit is "
                 f"{limit}; see the rejects file, repair or remove them, or raise --max_reject_fraction"
             )
@@ -361,7 +363,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines, holds = report(all_accounts, demands, f"{steps[step]}: step {step}")
     if args.json:
         lines = [json.dumps(_to_json(step, all_accounts, demands, holds))]
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nobody_reads()
     if not holds:
         sys.stderr.write("error: the law is broken: a sample was lost or used twice\n")
     return 0 if holds else 1

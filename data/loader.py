@@ -23,7 +23,7 @@ from data.doing import Doing
 from data.order import lanes_of, next_lane
 from data.packing import pack
 from data.processes import fork_server
-from data.sources import SourceLost
+from data.sources import SourceLost, TooManyRejects
 from data.stream import LaneStream, StreamPlan
 from data.transport import Message, Slots
 from data.types import NO_LANE, LaneCursor, PackedBatch
@@ -55,8 +55,8 @@ def build_loader(
         worker_timeout_s: how long a worker may do nothing while its pack is waited for.
 
     Raises:
-        ValueError: if there are more ranks than lanes, or the cursors belong to another run; while
-            iterating, if too many records of a group are unusable.
+        ValueError: if there are more ranks than lanes, or the cursors belong to another run.
+        TooManyRejects: while iterating, if too many records of a group are unusable.
         SourceLost: while iterating, if a file of the data vanished or changed, or a worker hangs.
         RuntimeError: while iterating, if a worker fails or dies.
     """
@@ -265,7 +265,7 @@ def _messages(packs: Iterator[PackedBatch], slots: Slots) -> Iterator[Message | 
             yield slots.put(batch)
     except Exception as e:  # noqa: BLE001 - whatever it is, the trainer has to hear of it
         message, trace = " ".join(str(e).split()), "".join(traceback.format_exception(e))
-        for kind in (SourceLost, ValueError):
+        for kind in (SourceLost, TooManyRejects, ValueError):
             if isinstance(e, kind):
                 yield WorkerFailure(kind, message, trace)
                 return

@@ -15,18 +15,24 @@ from typing import Any
 
 from data.journal import Entry, plan_from_json, read_step
 from data.packing import content_hash, pack
+from data.stdout import nobody_reads
 from data.stream import StreamPlan, make_sample
 from data.types import PackedBatch, Reject, Sample
 
 
-def replay(run: Path, step: int) -> list[tuple[Entry, PackedBatch]]:
+def replay(run: Path, step: int, index_cache_dir: str = "") -> list[tuple[Entry, PackedBatch]]:
     """Every pack of a step as it was journalled, and made again.
+
+    Args:
+        run: the run's `--results_dir`.
+        step: as the log counts them.
+        index_cache_dir: as the run had it; without, indexes may have to be made again.
 
     Raises:
         ValueError: if the run has no journal of the step, or a record cannot be used any more.
     """
     stored, entries = read_step(run, step)
-    plan = plan_from_json(stored)
+    plan = plan_from_json(stored, index_cache_dir)
     return [(entry, _again(plan, entry)) for entry in entries]
 
 
@@ -46,18 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.replay", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's --results_dir")
     parser.add_argument("--step", type=int, required=True, help="which step, as the log counts them")
+    parser.add_argument(
+        "--index_cache_dir", default="", help="directory for the indexes of the data, as the run had it"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     args = parser.parse_args(argv)
     try:
-        packs = replay(args.run, args.step)
+        packs = replay(args.run, args.step, args.index_cache_dir)
     except ValueError as e:
         sys.stderr.write(f"error: {e}\n")
         return 2
     results = [_describe(entry, batch) for entry, batch in packs]
+    lines = [line for result in results for line in _lines(result)]
     if args.json:
-        sys.stdout.write(json.dumps({"step": args.step, "packs": results}, ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.writelines(f"{line}\n" for result in results for line in _lines(result))
+        lines = [json.dumps({"step": args.step, "packs": results}, ensure_ascii=False)]
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nobody_reads()
     same = all(r["hash"] == r["hash_of_training"] for r in results)
     if not same:
         sys.stderr.write("error: a pack is not what was trained on: its data have changed since\n")

@@ -19,7 +19,7 @@ from data.mixture import Group
 from data.order import choose, lane_position, record_index, sample_rng, share_of_lane, uniform
 from data.packing import content_hash, pack
 from data.policy import POLICIES, PackBudget
-from data.sources.record import SourceLost, printable
+from data.sources.record import SourceLost, TooManyRejects, printable
 from data.tokens import SpecialTokens
 from data.types import Amount, LaneCursor, Origin, PackedBatch, Reject, Sample, Ticket
 
@@ -228,7 +228,7 @@ class LaneStream:
         """The lane's next pack; of a lane that has ended, an empty one.
 
         Raises:
-            ValueError: if too many records of a group cannot be used.
+            TooManyRejects: if too many records of a group cannot be used.
         """
         samples, rejects = self.next_samples(), self.take_rejects()
         batch = pack(samples, self.plan.layout, self.plan.special, cursor=self.cursor, rejects=rejects)
@@ -295,7 +295,7 @@ class LaneStream:
         """The group's next sample; None if the record was rejected.
 
         Raises:
-            ValueError: if too many records of the group cannot be used.
+            TooManyRejects: if too many records of the group cannot be used.
         """
         read = self._read.get(group.name, Amount())
         position = lane_position(self.lane, self.plan.num_lanes, read.samples)
@@ -370,7 +370,7 @@ class LaneStream:
             self.plan.max_reject_fraction * max(records, self._read[group].samples * self.plan.num_lanes)
         )
         if count > limit or self._in_a_row[group] >= REJECTS_IN_A_ROW:
-            raise ValueError(reject_message(group, count, limit, shown))
+            raise TooManyRejects(reject_message(group, count, limit, shown))
 
     def _require_groups(self, cursor: LaneCursor) -> None:
         known: Mapping[str, Group] = self._groups

@@ -12,11 +12,15 @@ from train.distributed.collectives import on_main
 from train.distributed.session import World
 from train.files import reopen_log
 
+REJECTS_PATTERN = "rejects.*.jsonl"
+"""Of the files, one per rank, that name the records that could not be used, with the step that came next."""
+
 
 class Journal:
     """This rank's file.
 
-    Every rank must create one: what earlier runs wrote beyond `steps_done`, on any number of ranks, is dropped.
+    Every rank must create one: what earlier runs wrote beyond `steps_done`, on any number of ranks, is dropped, also of rejected
+    records: they come again.
 
     Args:
         directory: `--results_dir`.
@@ -58,7 +62,7 @@ class Journal:
 def _drop_later_lines(directory: Path, steps_done: int) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path in directory.glob(PATTERN):
+        for path in (*directory.glob(PATTERN), *directory.glob(REJECTS_PATTERN)):
             reopen_log(path, steps_done).close()
     except OSError as error:
         raise ValueError(

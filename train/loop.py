@@ -24,7 +24,7 @@ from data.ledger import (
     require_few_rejects,
     scalars,
 )
-from data.sources import SourceLost
+from data.sources import DataStops
 from data.types import PackedBatch, Reject
 from modeling.bagel.latents import LatentEncoder
 from modeling.types import LossTerm
@@ -36,6 +36,7 @@ from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import Stopped, World
 from train.distributed.sharding import clip_grad_norm, sync_gradients
 from train.hooks import Hook
+from train.journal import REJECTS_PATTERN
 from train.objective import Objective, by_sample, divisors
 from train.optim import set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
@@ -79,8 +80,9 @@ def train(
     """Train up to `--total_steps`.
 
     Raises:
-        ValueError: on every rank, if too many records cannot be used, or a loss is not finite.
-        SourceLost: on every rank, if a file of the data vanished or changed; what has been trained is saved.
+        ValueError: on every rank, if a loss is not finite.
+        DataStops: on every rank, if a file of the data vanished or changed, a data worker hangs, or too many records cannot be
+            used; what has been trained is saved.
         Stopped: on every rank, if any of them was asked to end (`--auto_resume` goes on); what has been trained is saved.
     """
     total, every, first = run.args.optim.total_steps, run.args.checkpoint.save_every, state.step
@@ -89,7 +91,7 @@ def train(
             hook.before_step(state)
         try:
             report = training_step(run, state, batches)
-        except (SourceLost, Stopped):
+        except (DataStops, Stopped):
             if state.step > first and state.step % every:
                 checkpoints.save(state)
             checkpoints.finish()
@@ -121,7 +123,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
         None, on every rank, if all lanes have ended: nothing was done.
 
     Raises:
-        SourceLost: on every rank, if one of them has lost its data: nothing was done.
+        DataStops: on every rank, if one of them has no more usable data: nothing was done, or all of the step.
         Stopped: likewise, if one of them was asked to end.
     """
     started = time.perf_counter()
@@ -148,7 +150,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     tokens, samples, rejects, flops, num_packs, num_lost, *asked = everywhere[own.numel() :].tolist()
     if num_lost:
         first = next(filter(None, gather_objects("" if lost is None else str(lost))))
-        raise SourceLost(first) from lost
+        raise (DataStops if lost is None else type(lost))(first) from lost
     for hook, num_asked in zip(run.hooks, asked, strict=True):
         if num_asked:
             hook.heard(state)
@@ -184,7 +186,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
             state.write_off(pack.cursor, outcome.written_off[i])
         else:
             state.consume(pack.cursor, amounts)
-    _write_rejects(run, [*(r for p in packs for r in p.rejects), *chain(*outcome.written_off)])
+    _write_rejects(run, state.step, [*(r for p in packs for r in p.rejects), *chain(*outcome.written_off)])
     run.journal(state.step, packs)
     if rejects or outcome.skipped:
         check_accounts(run, state)
@@ -207,13 +209,13 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     )
 
 
-def _next_packs(batches: Iterator[PackedBatch], count: int) -> tuple[list[PackedBatch], SourceLost | None]:
+def _next_packs(batches: Iterator[PackedBatch], count: int) -> tuple[list[PackedBatch], DataStops | None]:
     """This rank's next packs, or fewer and why: the other ranks have to hear of it before anybody stops."""
     packs: list[PackedBatch] = []
     while len(packs) < count:
         try:
             packs.append(next(batches))
-        except SourceLost as error:
+        except DataStops as error:
             return packs, error
     return packs, None
 
@@ -222,7 +224,8 @@ def check_accounts(run: Run, state: TrainState) -> dict[str, Account]:
     """The account of every group over all ranks; every rank must call.
 
     Raises:
-        ValueError: if the law does not hold, or too many records were rejected.
+        ValueError: if the law does not hold.
+        TooManyRejects: if too many records were rejected.
     """
     now = accounts(state.all_cursors(), state.all_trained(), state.all_written_off())
     require_few_rejects(now, run.group_sizes, run.args.data.max_reject_fraction)
@@ -320,11 +323,11 @@ def _judge(
     return _Outcome(totals=totals, is_update=False, skipped=True, written_off=written_off)
 
 
-def _write_rejects(run: Run, rejects: Sequence[Reject]) -> None:
+def _write_rejects(run: Run, step: int, rejects: Sequence[Reject]) -> None:
     """Append this rank's unusable records to `rejects.RANK.jsonl`, and say so."""
-    rows = [asdict(r) for r in rejects]
+    rows = [{"step": step, **asdict(r)} for r in rejects]
     if rows:
-        path = Path(run.args.checkpoint.results_dir) / f"rejects.{run.world.rank}.jsonl"
+        path = Path(run.args.checkpoint.results_dir) / REJECTS_PATTERN.replace("*", str(run.world.rank))
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         logger.warning("%d records could not be used, see %s; first: %s", len(rows), path, rows[0]["message"])

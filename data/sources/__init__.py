@@ -16,7 +16,7 @@ from data.sources.combine import ConcatSource, SelectedSource
 from data.sources.jsonl import JsonlSource
 from data.sources.parquet import ParquetSource
 from data.sources.reasonseg import ReasonSegSource
-from data.sources.record import Record, SkipSample, Source, SourceLost
+from data.sources.record import DataStops, Record, SkipSample, Source, SourceLost, TooManyRejects
 from data.sources.tar import TarSource
 
 Location = Mapping[str, str]
@@ -72,6 +72,7 @@ __all__ = [
     "LOCATION_KEYS",
     "CocoSource",
     "ConcatSource",
+    "DataStops",
     "Format",
     "JsonlSource",
     "Location",
@@ -83,4 +84,5 @@ __all__ = [
     "Source",
     "SourceLost",
     "TarSource",
+    "TooManyRejects",
 ]

@@ -52,7 +52,15 @@ class SkipSample(Exception):
         self.where = where
 
 
-class SourceLost(ValueError):
+class DataStops(ValueError):
+    """The data end the run. Nothing is wrong with what has been trained: it is saved."""
+
+
+class TooManyRejects(DataStops):
+    """More records of a group are unusable than the user allows."""
+
+
+class SourceLost(DataStops):
     """A file of a source vanished or changed while a run reads it: no fault of a record, so the run has to stop."""
 
 

@@ -163,7 +163,7 @@ def segments(constant: bool) -> st.SearchStrategy[list[Segment]]:
     return st.lists(one(), min_size=2, max_size=4)
 
 
-def through_memory(stream: LaneStreams, prefetch_factor: int) -> Iterator[PackedBatch]:
+def through_memory(stream: LaneStreams, who: str, **_: object) -> Iterator[PackedBatch]:
     slots = Slots(1)
     return (slots.take(slots.put(batch)) for batch in stream.packs())
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,36 @@ def test_a_run_that_goes_on_writes_over_what_was_not_saved(run, tmp_path, tokeni
     ((entry, made),) = replay.replay(tmp_path, 4)  # with the plan that held then
     assert content_hash(made) == entry.hash == batch.hash
     assert read_step(tmp_path, 3)[0]["seed"] == 3
+
+
+def test_rejected_records_of_dropped_steps_come_again(run, tmp_path, tokenizer):
+    """By whichever rank: a record must not stand in these files twice."""
+    for rank in (0, 1):
+        rows = "".join(json.dumps({"step": step, "where": f"rows.jsonl:{step}"}) + "\n" for step in (2, 4, 5))
+        (tmp_path / f"rejects.{rank}.jsonl").write_text(rows + '{"step": 3, "whe')
+    specs = load_mixture(run / "mix.yaml")
+    toy = replace(plan(), groups=build_groups(specs, tokenizer))
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    Journal(tmp_path, world, steps_done=4, plan=toy, specs=specs, tokenizer=tokenizer).close()
+    for rank in (0, 1):
+        lines = (tmp_path / f"rejects.{rank}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+@pytest.mark.parametrize("tool", [ledger, replay])
+def test_nobody_has_to_read_to_the_end(tool, run, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        assert tool.main([str(run), "--step", str(STEPS)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_replay_finds_the_indexes_where_the_run_had_them(run, tmp_path, capsys):
+    command = [str(run), "--step", "2", "--index_cache_dir", str(tmp_path / "indexes")]
+    assert replay.main(command) == 0
+    assert {p.name.split(".")[0] for p in (tmp_path / "indexes").iterdir()} == {"often", "seldom"}
 
 
 def test_a_plan_is_the_same_after_json(run, tokenizer):
