@@ -117,6 +117,13 @@ class TaskDataset(ABC):
         """
         return ""
 
+    def certain_texts(self, record: Record) -> Sequence[str]:
+        """Texts that stand in the sample of a record whatever is drawn at random, found without opening a picture.
+
+        A class may know of none: a sample that is too long is then made before it is rejected.
+        """
+        return ()
+
     def open_image(self, record: Record, name: str) -> RgbImage:
         """A picture of a record, by the name that the row gives it.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from data.conversation import Role, Turn
+from data.conversation import IMAGE, Role, Turn
 from data.sources.record import SkipSample, parse_json
 
 REQUIRED: Any = object()
@@ -71,6 +71,16 @@ def read_row(kind: type[Row], row: Mapping[str, Any], what: str = "") -> Row:
 @cache
 def _columns(kind: Any) -> tuple[tuple[str, Column], ...]:
     return tuple((f.name, f.metadata["column"]) for f in fields(kind))
+
+
+def answers_in(row: Mapping[str, Any]) -> list[str]:
+    """What the `gpt` turns of a `ChatRow` say, those with pictures between left out; nothing of a row that is none."""
+    try:
+        turns = as_turns(row.get("message") or row.get("conversations"))
+    except ValueError:
+        return []
+    answers = (turn.text.strip() for turn in turns if turn.role == "gpt")
+    return [text for text in answers if text and IMAGE not in text]
 
 
 def _is_absent(value: Any) -> bool:

@@ -7,7 +7,7 @@ what waits: a lane goes on without having read anything again, and makes a sampl
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
@@ -20,7 +20,7 @@ from data.order import choose, lane_position, record_index, sample_rng, share_of
 from data.packing import content_hash, pack
 from data.policy import POLICIES, PackBudget
 from data.sources.record import SourceLost, TooManyRejects, printable
-from data.tokens import SpecialTokens
+from data.tokens import SpecialTokens, Tokenizer
 from data.types import Amount, LaneCursor, Origin, PackedBatch, Reject, Sample, Ticket
 
 REJECTS_IN_A_ROW = 1000
@@ -137,6 +137,7 @@ def _make(
         record = group.source.read(index)
         where = record.where
         at_record(where)
+        _require_short(group.dataset.certain_texts(record), group.dataset.tokenizer, plan.budget)
         sample = group.dataset.to_sample(record, sample_rng(plan.seed, group.name, position, "sample"))
         origin = Origin(group=group.name, lane=lane, position=position, where=where)
         sample = replace(sample, origin=origin, task=sample.task or group.name)
@@ -161,6 +162,21 @@ def _make(
     return Reject(
         group=group.name, position=position, where=where, reason=reason, message=message, amount=amount
     )
+
+
+def _require_short(texts: Sequence[str], tokenizer: Tokenizer, budget: PackBudget) -> None:
+    """Refuse a sample whose texts alone are too long, before its pictures are read.
+
+    Raises:
+        SkipSample: "too_long".
+    """
+    # A token is a byte at least: nearly all texts need not be looked at.
+    if sum(len(text.encode()) + 2 for text in texts) <= budget.longest:
+        return
+    tokens = sum(len(tokenizer.encode(text)) + 2 for text in texts)
+    if tokens > budget.longest:
+        message = f"{tokens} tokens in its answers alone, the budget is {budget.longest}; raise --max_num_tokens_per_sample"
+        raise SkipSample("too_long", message)
 
 
 def _ticket(sample: Sample, layout: LayoutSpec, since: int) -> Ticket:

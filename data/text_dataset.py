@@ -1,12 +1,13 @@
 """Conversations without pictures: rows of message JSONL -> Samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from data.conversation import IMAGE, build_sample
 from data.dataset_base import Record, TaskDataset
-from data.rows import ChatRow, read_row
+from data.rows import ChatRow, answers_in, read_row
 from data.types import Sample
 
 
@@ -17,6 +18,9 @@ class TextDataset(TaskDataset):
 
     Plan: text, text (supervised), text, text (supervised) …
     """
+
+    def certain_texts(self, record: Record) -> Sequence[str]:
+        return [" ".join(text.split()) for text in answers_in(record.data)]
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         row = read_row(ChatRow, record.data)

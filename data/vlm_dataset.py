@@ -24,7 +24,7 @@ from data.conversation import (
 )
 from data.dataset_base import Record, SkipSample, TaskDataset, Tower
 from data.rgb_image import RgbImage
-from data.rows import TalkRow, read_row
+from data.rows import TalkRow, answers_in, read_row
 from data.transforms.boxes import normalised_box, read_mask, resized_mask
 from data.types import Sample, Segment
 from data.video import FrameSampler, file_for_pyav, read_frames
@@ -103,6 +103,9 @@ class VlmDataset(TaskDataset):
         turns = attach_targets(turns, read_objects(row.objects, pictures, und))
         turns = choose_exchanges(turns, rng, shuffle=self.shuffle_turns, max_exchanges=self.max_turns)
         return self.compose(turns, pictures, und, row.task or "vqa")
+
+    def certain_texts(self, record: Record) -> Sequence[str]:
+        return () if self.max_turns else answers_in(record.data)
 
     def compose(
         self, turns: Sequence[Turn], pictures: Sequence[RgbImage], und: Sequence[Segment], task: str

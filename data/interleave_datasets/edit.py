@@ -1,5 +1,6 @@
 """A picture, an instruction, the changed picture: rows of message JSONL -> Samples."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from data.conversation import (
     text_segments,
 )
 from data.dataset_base import Record, SkipSample, TaskDataset
-from data.rows import EditRow, read_row
+from data.rows import EditRow, answers_in, read_row
 from data.types import Sample
 from data.vlm_dataset import NO_OBJECTS, read_objects
 
@@ -57,6 +58,9 @@ class EditDataset(TaskDataset):
     def asked_heads(self, record: Record) -> tuple[str, ...]:
         row = read_row(EditRow, record.data)
         return answered_heads(row.turns) if row.objects else ()
+
+    def certain_texts(self, record: Record) -> Sequence[str]:
+        return () if self.upstream_compat else answers_in(record.data)
 
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         row = read_row(EditRow, record.data)

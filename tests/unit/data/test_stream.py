@@ -8,12 +8,19 @@ from hypothesis import strategies as st
 
 from data import stream
 from data.dataset_base import DropoutSpec, SkipSample, check_sample, finish_sample
+from data.interleave_datasets.edit import EditDataset
 from data.ledger import accounts, add_amounts, count_trained, format_accounts, require_few_rejects
 from data.order import sample_rng
 from data.policy import PackBudget
+from data.sources import Record
 from data.stream import LaneStream, make_sample
+from data.text_dataset import TextDataset
+from data.transforms import ImageTransform
 from data.types import Amount, LaneCursor, Origin, Region, Reject, Sample, Segment, Ticket
+from data.vlm_dataset import VlmDataset
 from tests.unit.data.toy_groups import fingerprint, group, lengths, mixed_groups, plan
+
+TRANSFORM = ImageTransform(max_image_size=16, min_image_size=16, stride=16)
 
 
 def take(stream, count):
@@ -170,6 +177,68 @@ def test_too_long_samples_are_rejected():
     assert isinstance(made, Reject)
     assert made.reason == "too_long"
     assert made.message.startswith("toy.jsonl:1: 101 tokens")
+
+
+class OneRow:
+    """A row whose pictures cannot be read."""
+
+    def __init__(self, row: dict):
+        self.row = row
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index: int) -> Record:
+        def fetch(name: str) -> bytes:
+            raise FileNotFoundError(name)
+
+        return Record(data=self.row, where="rows.jsonl:1", fetch=fetch)
+
+
+@pytest.mark.parametrize(
+    ("dataset_class", "options", "pictures"),
+    [
+        (VlmDataset, {}, ["input_img"]),
+        (EditDataset, {}, ["input_img", "output_img"]),
+        (TextDataset, {}, []),
+        (VlmDataset, {"max_turns": 1}, ["input_img"]),
+        (EditDataset, {"upstream_compat": True}, ["input_img", "output_img"]),
+    ],
+)
+def test_texts_that_are_too_long_are_rejected_before_pictures_are_read(
+    tokenizer, dataset_class, options, pictures
+):
+    def rejected(*answers: str) -> str:
+        turns = [
+            {"from": "gpt" if i % 2 else "human", "value": a} for i, a in enumerate(["Say it.", *answers])
+        ]
+        row = {"message": turns, **{key: [{"path": "gone.png"}] for key in pictures}}
+        dataset = dataset_class(
+            tokenizer=tokenizer, vit_transform=TRANSFORM, vae_transform=TRANSFORM, **options
+        )
+        only = replace(group("words", [1]), dataset=dataset, source=OneRow(row))
+        made = make_sample(plan(only), only, 0, 0)
+        return f"{made.reason}: {made.message}" if isinstance(made, Reject) else "taken"
+
+    missing = "missing_image" if pictures else "taken"
+    assert rejected("a" * 80).startswith(missing)
+    if options:  # not all of what a row says is in its sample
+        assert rejected("a" * 200).startswith("missing_image")
+        return
+    assert rejected("a" * 99) == (
+        "too_long: rows.jsonl:1: 101 tokens in its answers alone, the budget is 100; raise --max_num_tokens_per_sample"
+    )
+    assert rejected("a" * 50, "And?", "b" * 50).startswith(
+        "too_long: rows.jsonl:1: 104 tokens in its answers"
+    )
+
+
+def test_long_words_of_few_tokens_are_not_too_long(tokenizer):
+    """Bytes only say which texts to look at."""
+    texts = ["<|im_start|>" * 20]  # 240 bytes, 20 tokens
+    stream._require_short(texts, tokenizer, plan().budget)
+    with pytest.raises(SkipSample, match="102 tokens in its answers alone"):
+        stream._require_short(texts * 4 + ["a" * 12], tokenizer, plan().budget)
 
 
 def test_a_cursor_of_another_mixture_is_refused():
