@@ -5,7 +5,8 @@
 
 In: a model directory and the mixture it was trained on. One pack goes through the training forward; then every sample of it is
 read again, segment by segment, through the cache: the answers are forced to the true ones, the noised pictures are the pack's.
-Out: a line per kind of prediction with the largest difference; exit code 1 if one is above `--tolerance`.
+Out: a line per kind of prediction with the largest difference; exit code 1 if one is above `--tolerance`. Frames of a video are
+pictures like others, unless a dataset class lets them see each other (`Segment.same_split`): such samples are left out, and told.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from data.policy import PackBudget
 from data.stream import LaneStream, StreamPlan
 from data.types import LaneCursor, Sample, Segment
 from inference_pipeline.inferencer import Inferencer
+from modeling.bagel.continuation import can_be_continued
 from modeling.bagel.decode import Context, Decoder
 from modeling.types import HeadOutput
 
@@ -38,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was loaded, part by part
     try:
         model = Inferencer.from_model_dir(args.model_path, args.weights, args.device)
-        samples = read_samples(args, model)
+        samples, left_out = comparable(read_samples(args, model))
     except (ValueError, OSError) as e:
         sys.stderr.write(f"error: {e}\n")
         return 1
+    if left_out:
+        print(
+            f"{left_out} samples left out: frames of a video that see each other; the cache is given pictures one by one"
+        )
     tasks = sorted({s.task for s in samples})
     print(f"{len(samples)} samples of {len(tasks)} tasks: {', '.join(tasks)}")
     found: dict[str, list[tuple[float, int]]] = {}
@@ -72,6 +78,12 @@ def read_samples(args: argparse.Namespace, model: Inferencer) -> list[Sample]:
         seed=args.seed,
     )
     return LaneStream(plan, LaneCursor(lane=0)).next_samples()
+
+
+def comparable(samples: Sequence[Sample]) -> tuple[list[Sample], int]:
+    """The samples that can be read through the cache, and how many cannot."""
+    found = [sample for sample in samples if can_be_continued(sample)]
+    return found, len(samples) - len(found)
 
 
 def differences(decoder: Decoder, samples: Sequence[Sample]) -> Iterator[tuple[str, float, int]]:
