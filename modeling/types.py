@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from modeling.qwen2.model import Vocabulary
 from modeling.qwen2.mot import filled
 
 
@@ -58,7 +59,7 @@ class ModelOutput:
 
     hidden: Tensor
     label_states: Tensor
-    vocabulary: nn.Linear
+    vocabulary: Vocabulary
     velocity: Tensor
     gen_stream: Tensor
     grids: FeatureGrids

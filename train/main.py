@@ -29,6 +29,7 @@ from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, starting_values, stored_values, weights_kind
 from modeling.ops.attention_backends import usable_backend
+from modeling.ops.kernels import liger_kernels, use_kernels
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
 from train.checkpoint import Checkpoints, SaveInBackground, Start
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
             for_training(source.config, args, (*groups, *val_groups))
         )  # meta device, plain modules
         model.attention = usable_backend(args.fsdp.backend(world.device.type), world.device.type)
+        if args.fsdp.liger:
+            use_kernels(model, liger_kernels(world.device.type))
         _require_vocabulary(model, tokenizer)
         base = first_values(args, source, model, start if tuning.reads_start else None)
         tuning.attach(model, world.device.type)

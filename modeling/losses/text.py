@@ -1,7 +1,6 @@
 """Next-token cross entropy."""
 
 from data.types import PackedBatch
-from modeling.ops.cross_entropy import linear_cross_entropy
 from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 
@@ -26,6 +25,5 @@ def weighted_labels(batch: PackedBatch) -> Things:
 
 
 def _weighted(output: ModelOutput, batch: PackedBatch, things: Things) -> LossValues:
-    weight = output.vocabulary.weight
-    total, nll = linear_cross_entropy(output.label_states, weight, batch.label_ids, things.amount)
+    total, nll = output.vocabulary.cross_entropy(output.label_states, batch.label_ids, things.amount)
     return LossValues(total=total, each=nll * things.amount)

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.ops.rope import rotate
+from modeling.ops.kernels import TORCH
 from modeling.qwen2.config import Qwen2Config
 from modeling.qwen2.mot import Routed, Routing, Rows
 
@@ -17,17 +16,21 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class RMSNorm(nn.Module):
     """x / rms(x), computed in float32, then times a weight."""
 
+    kernels = TORCH
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
     """SwiGLU without bias."""
+
+    kernels = TORCH
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -36,11 +39,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Attention(Routed):
     """Grouped-query attention over the whole pack; projections and head norms per expert."""
+
+    kernels = TORCH
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
@@ -65,8 +70,9 @@ class Attention(Routed):
         self, rows: Rows, routing: Routing, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows -> q `s h e`, k and v `s g e` in packed order, q and k rotated."""
-        q = rotate(routing.pack(self._project("q_proj", "q_norm", rows)), cos, sin)
-        k = rotate(routing.pack(self._project("k_proj", "k_norm", rows)), cos, sin)
+        q = routing.pack(self._project("q_proj", "q_norm", rows))
+        k = routing.pack(self._project("k_proj", "k_norm", rows))
+        q, k = self.kernels.rotate(q, k, cos, sin)
         v = routing.pack(self._project("v_proj", "", rows))
         return q, k.to(q.dtype), v
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from modeling.ops.kernels import TORCH
 from modeling.ops.rope import rope_table
 from modeling.qwen2.config import Qwen2Config
 from modeling.qwen2.layers import Attend, DecoderLayer, RMSNorm
@@ -43,6 +44,16 @@ class Qwen2Model(Routed):
         return Rows(rows.und.detach(), rows.gen) if self.config.freeze_und else rows
 
 
+class Vocabulary(nn.Linear):
+    """The projection on the vocabulary, which also knows its cross entropy: without logits of all tokens at once."""
+
+    kernels = TORCH
+
+    def cross_entropy(self, states: Tensor, labels: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
+        """See `modeling.ops.cross_entropy.linear_cross_entropy`. The weights have to be whole: see `ModelOutput.vocabulary`."""
+        return self.kernels.cross_entropy(states, self.weight, labels, amount)
+
+
 class Qwen2ForCausalLM(nn.Module):
     """The decoder and its vocabulary projection."""
 
@@ -50,7 +61,7 @@ class Qwen2ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Qwen2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Vocabulary(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:

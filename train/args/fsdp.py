@@ -69,6 +69,10 @@ class FsdpArgs:
         "auto", "How the decoder's attention is computed; they agree to rounding. `flex` needs a GPU."
     )
     use_flex: bool = flag(False, "The same as --attention flex, where there is a GPU.")
+    liger: bool = flag(
+        False,
+        "Liger's fused kernels on a GPU: RMSNorm, SwiGLU, rotary positions, cross entropy. Needs liger-kernel.",
+    )
     cpu_offload: bool = flag(
         False,
         "Keep weights, gradients and optimizer state in host memory, where the optimizer then runs; a unit's weights come to the "
