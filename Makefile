@@ -1,6 +1,7 @@
 # make demo    environment, data, training, evaluation: runs/quickstart/ (about 20 minutes on 2 cores)
 # make test    environment, whole test suite
 # make parity  our numbers beside the published system's, as a table: docs/parity.md
+# make soak    40 short distributed runs, each of which has to end well (about 10 minutes on 2 cores)
 # make check   format, lint, types, quick unit tests: before every commit
 
 VENV ?= .venv
@@ -19,7 +20,7 @@ unexport PYTHONPATH
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help environment demo check test test-unit test-dist test-e2e parity bench clean
+.PHONY: help environment demo check test test-unit test-dist test-e2e soak parity bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,6 +51,9 @@ test-dist: $(READY)
 
 test-e2e: $(READY)
 	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak.exits --runs 40
 
 parity: $(READY)
 	$(BIN)/python -m tests.parity.run --worst --table docs/parity.md

@@ -50,7 +50,11 @@ class Quickstart:
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     """Read only: a test that breaks something works on a copy."""
-    root = tmp_path_factory.mktemp("quickstart")
+    return make_small(tmp_path_factory.mktemp("quickstart"))
+
+
+def make_small(root: Path) -> Quickstart:
+    """Make it all in a folder."""
     data, model = root / "data", root / "base"
     make_quickstart.make(data, sizes={"train": 40, "val": 1, "test": 1}, seed=0, workers=1)
     make_quickstart_model.make(data, model, 100)

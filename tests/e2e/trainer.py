@@ -56,7 +56,12 @@ def command(num_ranks: int = 2, **flags: object) -> list[str]:
 
 
 def run_trainer(
-    folder: Path, *, stop: Callable[[], bool] | None = None, num_ranks: int = 2, **flags: object
+    folder: Path,
+    *,
+    stop: Callable[[], bool] | None = None,
+    num_ranks: int = 2,
+    time_limit_s: float = TIME_LIMIT_S,
+    **flags: object,
 ) -> Done:
     """Train until the end, or until `stop()` is true and every process gets SIGKILL.
 
@@ -64,6 +69,7 @@ def run_trainer(
         folder: working directory; the output goes to `output.txt` there.
         stop: asked every few milliseconds.
         num_ranks: processes.
+        time_limit_s: when a run counts as hanging.
         **flags: of the trainer.
 
     Raises:
@@ -81,14 +87,14 @@ def run_trainer(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    deadline = time.monotonic() + TIME_LIMIT_S
+    deadline = time.monotonic() + time_limit_s
     while process.poll() is None:
         is_late = time.monotonic() > deadline
         if is_late or (stop is not None and stop()):
             kill_all(process.pid)
             process.wait()
             if is_late:
-                raise TimeoutError(f"longer than {TIME_LIMIT_S:.0f} s:\n{output.read_text()}")
+                raise TimeoutError(f"longer than {time_limit_s:.0f} s:\n{output.read_text()}")
         time.sleep(0.003)
     return Done(code=process.returncode, output=output.read_text())
 
