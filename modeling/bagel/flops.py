@@ -5,7 +5,7 @@ of passes (`Passes`): forward, the gradient of what went in, the gradient of the
 vain (padding) is not counted, nor are the perception heads, norms and activations; so the figure is on the low side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data.layout import visible_pairs
@@ -46,6 +46,9 @@ class PackShape:
         labels: tokens at which logits are made.
         patches, patch_pairs: of the vision tower; its pictures see themselves alone.
         pictures: height and width in pixels of what the autoencoder encodes.
+        lengths, patch_lengths: tokens of every sample, patches of every picture of the tower.
+        behind: by sample, the (query, key) pairs of its causal splits that have something before them; and how many tokens its
+            splits have before them, added up.
     """
 
     tokens: int
@@ -55,6 +58,9 @@ class PackShape:
     patches: int
     patch_pairs: int
     pictures: tuple[tuple[int, int], ...] = ()
+    lengths: tuple[int, ...] = ()
+    patch_lengths: tuple[int, ...] = ()
+    behind: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(batch: PackedBatch) -> "PackShape":
@@ -67,7 +73,25 @@ class PackShape:
             patches=len(batch.und_index),
             patch_pairs=sum((h * w) ** 2 for h, w in batch.und_hw.tolist()),
             pictures=tuple((int(p.shape[1]), int(p.shape[2])) for p in batch.gen_pixels),
+            lengths=tuple(batch.sample_lens),
+            patch_lengths=tuple(h * w for h, w in batch.und_hw.tolist()),
+            behind=tuple(_behind(batch)),
         )
+
+
+def _behind(batch: PackedBatch) -> Iterator[tuple[int, int]]:
+    splits = zip(batch.split_lens, batch.split_modes, batch.split_branches, strict=True)
+    for length in batch.sample_lens:
+        before: dict[int, int] = {}
+        taken = pairs = context = 0
+        while taken < length:
+            split, mode, branch = next(splits)
+            past = before.get(0, 0) + (before.get(branch, 0) if branch else 0)
+            pairs += split * (past + split) if mode == "causal" and past else 0
+            context += past
+            before[branch] = before.get(branch, 0) + split * (mode != "noise")
+            taken += split
+        yield pairs, context
 
 
 def step_flops(
