@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.distributed.launch import run_distributed
 from tests.unit.train.adapting import args_of, built, train, write_directory
@@ -21,36 +22,51 @@ CASES: dict[str, dict[str, object]] = {
         "frozen_dtype": "bf16",
     },
     "base in 8 bits, units joined": {"load_in_8bit": True, "lora_target": "mot_gen"},
-    "frozen weights in bf16": {**PER_UNIT, "param_dtype": "bf16", "frozen_dtype": "bf16"},
+    "frozen weights in bf16": {
+        **PER_UNIT,
+        "param_dtype": "bf16",
+        "frozen_dtype": "bf16",
+        "lora_modules_to_save": "box",
+    },
 }
+IN_FP32 = {"base in 4 bits, bf16, offload": "base in 4 bits", "frozen weights in bf16": "sharded base"}
 
 
-def both_steps(base: Path, results: Path, accumulation: int) -> dict[str, list[float]]:
+def both_steps(base: Path, results: Path, accumulation: int, sharded: bool) -> dict[str, list[float]]:
     """Two steps of every case, exported; losses by case."""
     losses = {}
     for name, flags in CASES.items():
         args = args_of(base, results / name, gradient_accumulation_steps=accumulation, **flags)
-        tuning, state = built(args, sharded=True)
+        if args.fsdp.param_dtype != "fp32" and not sharded:
+            continue  # precision is FSDP's to change
+        tuning, state = built(args, sharded=sharded)
         losses[name] = train(args, state)
         tuning.export(state)
     return losses
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)  # every process imports PEFT and bitsandbytes
 def test_two_ranks_train_the_adapters_of_one(tmp_path: Path) -> None:
     base = write_directory(tmp_path / "base")
-    two, other = run_distributed(both_steps, 2, base, tmp_path / "two", 1)
+    two, other = run_distributed(both_steps, 2, base, tmp_path / "two", 1, True)
     assert two == other
-    one = run_distributed(both_steps, 1, base, tmp_path / "one", 2)[0]
+    one = both_steps(base, tmp_path / "one", 2, False)
     for name in CASES:
+        trained = tmp_path / "two" / name / "adapter"
+        assert all(x.abs().max() > 1e-3 for key, x in adapter(trained, "model").items() if ".lora_B" in key)
+        if name not in one:
+            assert two[name] == pytest.approx(one[IN_FP32[name]], rel=2e-2)  # worst measured: 1.1e-2
+            continue
         # Measured: no difference at all. A step has two packs, and a sum of two has no order.
         assert two[name] == pytest.approx(one[name], rel=1e-6)
         for kind in ("ema", "model"):
-            file = Path(name) / "adapter" / kind / "adapter_model.safetensors"
-            found, expected = load_file(tmp_path / "two" / file), load_file(tmp_path / "one" / file)
+            found, expected = adapter(trained, kind), adapter(tmp_path / "one" / name / "adapter", kind)
             assert found.keys() == expected.keys()
             assert max(float((x - expected[key]).abs().max()) for key, x in found.items()) < 1e-6, (
                 name,
                 kind,
             )
-            assert all(x.abs().max() > 1e-3 for key, x in found.items() if ".lora_B" in key)
+
+
+def adapter(folder: Path, kind: str) -> dict[str, Tensor]:
+    return load_file(folder / kind / "adapter_model.safetensors")
