@@ -55,6 +55,9 @@ test-e2e: $(READY)
 soak: $(READY)
 	$(BIN)/python -m tests.soak.exits --runs 40
 
+test-kills: $(READY)
+	WEFT_KILLS=30 $(BIN)/pytest tests/distributed/test_kills.py $(PYTEST_ARGS)
+
 parity: $(READY)
 	$(BIN)/python -m tests.parity.run --worst --table docs/parity.md
 

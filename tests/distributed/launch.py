@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "train.state"]
+PRELOAD = ["torch", "torch.distributed.fsdp", "train.checkpoint", "train.loop"]
 TIMEOUT_S = 60.0
 
 
