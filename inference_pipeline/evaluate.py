@@ -301,13 +301,18 @@ def pin_settings(args: argparse.Namespace) -> Settings:
     Raises:
         ValueError: if the weights are not there, or --output_dir holds rows that were made otherwise, naming a difference.
     """
-    where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "device"}
-    weights = args.model_path / f"{args.weights}.safetensors"
+    where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "adapter", "device"}
+    weights, called = args.model_path / f"{args.weights}.safetensors", args.model_path.resolve().name
+    if args.adapter is not None:
+        from modeling import adapters
+
+        weights = adapters.find_adapter(args.adapter, args.weights) / adapters.WEIGHTS
+        called = f"{called}+{args.adapter.resolve().parent.name}"
     if not weights.is_file():  # settings pinned without them would refuse the corrected command
         raise ValueError(f"{weights}: no weights here; --model_path must name a trained or exported model")
     settings = {
         **{name: value for name, value in sorted(vars(args).items()) if name not in where},
-        "model_id": args.model_id or args.model_path.resolve().name,
+        "model_id": args.model_id or called,
         "cfg_interval": list(args.cfg_interval),
         "weights_modified": weights.stat().st_mtime_ns,
     }

@@ -148,6 +148,7 @@ class Inferencer:
         device: str | torch.device = "cpu",
         reading: Reading = Reading(),  # noqa: B008 - frozen
         dtype: torch.dtype = torch.float32,
+        adapter: str | Path | None = None,
     ) -> "Inferencer":
         """Load a model directory in the published layout.
 
@@ -157,11 +158,12 @@ class Inferencer:
             device: of the model and the autoencoder.
             reading: how prompts are read.
             dtype: of the model and its cache; the autoencoder stays float32.
+            adapter: adapters that are added to it; `weights` then says which of theirs.
 
         Raises:
             ValueError: naming the file that is missing or does not fit.
         """
-        model = load_model(path, weights, device, dtype)
+        model = load_model(path, weights, device, dtype, adapter)
         tokenizer = Tokenizer(path)
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
         decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)

@@ -55,7 +55,7 @@ def test_two_ranks_train_the_adapters_of_one(tmp_path: Path) -> None:
         trained = tmp_path / "two" / name / "adapter"
         assert all(x.abs().max() > 1e-3 for key, x in adapter(trained, "model").items() if ".lora_B" in key)
         if name not in one:
-            assert two[name] == pytest.approx(one[IN_FP32[name]], rel=2e-2)  # worst measured: 1.1e-2
+            assert two[name] == pytest.approx(one[IN_FP32[name]], rel=1e-2)  # worst measured: 2.2e-3
             continue
         # Measured: no difference at all. A step has two packs, and a sum of two has no order.
         assert two[name] == pytest.approx(one[name], rel=1e-6)

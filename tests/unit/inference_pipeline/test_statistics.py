@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,3 +274,20 @@ def test_a_model_directory_without_weights_leaves_nothing_behind_that_refuses_th
 
     (model / "ema.safetensors").touch()
     assert evaluate.pin_settings(evaluate.parse_args(flags))["weights_modified"] > 0
+
+
+def test_results_with_adapters_are_named_and_pinned_by_them(tmp_path):
+    run = tmp_path / "adapted" / "adapter"
+    (run / "ema").mkdir(parents=True)
+    (run / "ema" / "adapter_config.json").write_text("{}")
+    flags = ["--model_path", str(tmp_path / "base"), "--adapter", str(run), "--data_dir", "d"]
+    args = evaluate.parse_args([*flags, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"adapter/ema/adapter_model.safetensors: no weights here"):
+        evaluate.pin_settings(args)
+    (run / "ema" / "adapter_model.safetensors").touch()
+    settings = evaluate.pin_settings(args)
+    assert settings["model_id"] == "base+adapted"
+    assert evaluate.pin_settings(args) == settings
+    os.utime(run / "ema" / "adapter_model.safetensors", ns=(1, 1))
+    with pytest.raises(ValueError, match="holds results with weights_modified"):
+        evaluate.pin_settings(args)
