@@ -1,5 +1,6 @@
 """A launch line as published scripts write them, on two ranks: every flag is taken, meant, or answered."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,12 @@ FLAGS = {
     "wandb_name": "mine",
     "peak_device_tflops": 0.01,
     "finetune_from_ema": "True",
+    "pixel_loss_weight": 0.05,
+    "pixel_loss_max_t": 1.0,
+    "pixel_loss_paired_only": False,
+    "ssim_loss_weight": 0.1,
+    "ssim_loss_max_t": 1.0,
+    "gradient_share_every": 2,
     "vit_lr": "None",
 }
 
@@ -49,6 +56,15 @@ def test_a_published_launch_line_trains(quickstart: Quickstart, tmp_path: Path) 
     ]
     assert "taken as --sharding_strategy FULL_SHARD" in answered[0]
     assert re.search(r"\| MFU \d+\.\d% \|", done.lines("step 2/2")[0])
+    log, curves = (
+        [json.loads(line) for line in (tmp_path / "run" / "results" / name).read_text().splitlines()]
+        for name in ("train_log.jsonl", "curves.jsonl")
+    )
+    assert all(0 < line["pixel"] < 1 and 0 < line["ssim"] < 2 for line in log)
+    assert any(
+        "grad_trunk/pixel" in line for line in curves
+    )  # 0 as yet: the projection that the flow leaves by starts at 0
+    assert any(line.get("group/t2i/ssim", 0) > 0 for line in curves)
     stored = load_file(tmp_path / "run" / "results" / "model" / "model.safetensors")
     parts = {name.split(".")[0] for name in stored}
     assert "vae2llm" in parts and not parts & {"vit_model", "connector", "vit_pos_embed"}
