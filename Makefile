@@ -20,7 +20,7 @@ unexport PYTHONPATH
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help environment demo check test test-unit test-dist test-e2e soak parity bench clean
+.PHONY: help environment demo check test test-unit test-dist test-e2e test-kills soak parity bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
