@@ -5,7 +5,7 @@ replaced by samples without contents, so nothing is decoded.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -59,18 +59,12 @@ def predict(plan: StreamPlan, scans: Mapping[str, Scan], packs_per_step: int) ->
     Raises:
         ValueError: if nothing can be packed.
     """
-    outlined = tuple(_outlined(group, scans[group.name]) for group in plan.groups if scans[group.name].usable)
-    if not any(group.weight for group in outlined):
-        raise ValueError("no group that is drawn has a usable record")
-    lifted = replace(plan, groups=outlined, max_reject_fraction=1.0)
-    lanes = [LaneStream(lifted, LaneCursor(lane=lane)) for lane in range(min(LANES, plan.num_lanes))]
+    outlined = _all_outlined(plan, scans)
+    lanes = _lanes(plan, outlined)
     filled: list[int] = []
     tokens: Counter[str] = Counter()
     samples: Counter[str] = Counter()
-    while len(filled) < PACKS and samples.total() < SAMPLES:
-        packed = lanes[len(filled) % len(lanes)].next_samples()
-        if not packed:  # groups that are read a number of times only, and have been
-            break
+    for packed in _packs(lanes):
         lengths = [num_tokens(sample, plan.layout) for sample in packed]
         filled.append(sum(lengths))
         for sample, length in zip(packed, lengths, strict=True):
@@ -91,6 +85,38 @@ def predict(plan: StreamPlan, scans: Mapping[str, Scan], packs_per_step: int) ->
         share={g.name: tokens[g.name] / tokens.total() for g in plan.groups},
         steps_per_pass={g.name: len(g.source) * steps / read[g.name] for g in drawn},
     )
+
+
+def simulated_packs(plan: StreamPlan, scans: Mapping[str, Scan]) -> Iterator[list[Sample]]:
+    """The samples of the packs that `predict` judges by, without contents.
+
+    Raises:
+        ValueError: if nothing can be packed.
+    """
+    return _packs(_lanes(plan, _all_outlined(plan, scans)))
+
+
+def _all_outlined(plan: StreamPlan, scans: Mapping[str, Scan]) -> tuple[Group, ...]:
+    outlined = tuple(_outlined(group, scans[group.name]) for group in plan.groups if scans[group.name].usable)
+    if not any(group.weight for group in outlined):
+        raise ValueError("no group that is drawn has a usable record")
+    return outlined
+
+
+def _lanes(plan: StreamPlan, outlined: tuple[Group, ...]) -> list[LaneStream]:
+    lifted = replace(plan, groups=outlined, max_reject_fraction=1.0)
+    return [LaneStream(lifted, LaneCursor(lane=lane)) for lane in range(min(LANES, plan.num_lanes))]
+
+
+def _packs(lanes: Sequence[LaneStream]) -> Iterator[list[Sample]]:
+    made = samples = 0
+    while made < PACKS and samples < SAMPLES:
+        packed = lanes[made % len(lanes)].next_samples()
+        if not packed:  # groups that are read a number of times only, and have been
+            return
+        made += 1
+        samples += len(packed)
+        yield packed
 
 
 def _outlined(group: Group, scan: Scan) -> Group:
