@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.packing import pack
-from data.types import LaneCursor, PackedBatch
+from data.types import LaneCursor, PackedBatch, Sample
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.shard_plan import shard_plan
@@ -108,7 +108,19 @@ def train_steps(
             gradients.update(full_tensors(trained))  # a parameter without gradient would fail here
 
     state.optimizer.register_step_pre_hook(keep_gradients)
-    run = Run(
+    run = make_run(args, config)
+    of_a_run = [made_pack(names, lane) for _ in range(steps) for lane, names in enumerate(packs)]
+    batches = iter(of_a_run[rank() :: world_size()])
+    reports = [report for _ in range(steps) if (report := training_step(run, state, batches))]
+    assert len(reports) == steps
+    assert state.packs_consumed == steps * len(packs)
+    weights = full_tensors((n, p.detach()) for n, p in state.model.named_parameters())
+    return Steps(gradients=gradients, weights=weights, reports=reports)
+
+
+def make_run(args: Args, config: BagelConfig) -> Run:
+    """As `train/main.py` makes it, with latents made up."""
+    return Run(
         args=args,
         world=World(rank=rank(), local_rank=rank(), size=world_size(), device=torch.device("cpu")),
         objective=Objective.build(args.loss.weights(), config.heads),
@@ -118,13 +130,6 @@ def train_steps(
         flops=lambda pack: 0.0,
         peak_tflops=0.0,
     )
-    of_a_run = [made_pack(names, lane) for _ in range(steps) for lane, names in enumerate(packs)]
-    batches = iter(of_a_run[rank() :: world_size()])
-    reports = [report for _ in range(steps) if (report := training_step(run, state, batches))]
-    assert len(reports) == steps
-    assert state.packs_consumed == steps * len(packs)
-    weights = full_tensors((n, p.detach()) for n, p in state.model.named_parameters())
-    return Steps(gradients=gradients, weights=weights, reports=reports)
 
 
 def build_state(args: Args, config: BagelConfig | None = None, *, sharded: bool) -> TrainState:
@@ -143,4 +148,8 @@ def build_state(args: Args, config: BagelConfig | None = None, *, sharded: bool)
 
 
 def made_pack(names: tuple[str, ...], lane: int) -> PackedBatch:
-    return pack([SAMPLES[name]() for name in names], SPEC, SPECIAL, cursor=LaneCursor(lane=lane))
+    return packed([SAMPLES[name]() for name in names], lane)
+
+
+def packed(samples: list[Sample], lane: int) -> PackedBatch:
+    return pack(samples, SPEC, SPECIAL, cursor=LaneCursor(lane=lane))
