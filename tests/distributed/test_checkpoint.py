@@ -6,6 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,6 +281,23 @@ def test_a_failure_in_the_background_is_told_by_every_rank(tmp_path: Path) -> No
     asked, message, latest, there = first
     assert asked and "0000001.tmp: rank 1 cannot write: No space left on device" in message
     assert (latest, there) == ("0000001", ["0000000", "0000001"])
+
+
+def test_flags_say_how_is_saved(tmp_path: Path) -> None:
+    state = build(toy_args(), sharded=False)
+    flags = CheckpointArgs(checkpoint_dir=str(tmp_path), async_checkpoint=False, max_checkpoints=1, keep_best="ce",
+                           keep_best_mode="max")  # fmt: skip
+    checkpoints = Checkpoints.build(flags, {}, 60)
+    hook = SaveInBackground(checkpoints)
+    for step, ce in ((1, 2.0), (2, 1.0), (3, 1.5)):
+        state.step = step
+        report = SimpleNamespace(loss=9.0, losses={"ce": ce, "mse": 0.0}, counts={"ce": 4, "mse": 0})
+        hook.after_step(state, report)  # type: ignore[arg-type]
+        checkpoints.save(state)
+        assert (tmp_path / f"{step:07d}").is_dir()  # at once
+    assert [path.name for path in complete_steps(tmp_path)] == ["0000001", "0000003"]
+    manifest = json.loads((tmp_path / "0000003" / "manifest.json").read_text())
+    assert manifest["figures"] == {"loss": 9.0, "ce": 1.5}
 
 
 def test_the_best_step_is_kept_besides_the_newest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""The SLURM script as it stands, with stand-ins for the programs of SLURM: two machines on this one, told to stop, started again."""
+"""The SLURM script as it stands, with stand-ins for SLURM: two machines on this one, told to stop, started again."""
 
 import json
 import os
