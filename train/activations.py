@@ -29,7 +29,7 @@ from modeling.qwen2.mot import BLOCK
 from train.args import Args
 from train.distributed.mesh import mesh_shape
 from train.distributed.units import Layer, layers, units
-from train.memory import state_bytes
+from train.memory import as_sharded, state_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -95,7 +95,8 @@ def predict_peak(
     state = state_bytes(model, args, shards)
     kept = {"weights": state.weights, "moments": state.moments, "averages": state.averages}
     d, summed = BYTES[fsdp.param_dtype], BYTES[fsdp.reduce_dtype]
-    found = units(model, shard_plan(config), fsdp)
+    with as_sharded(model, args):
+        found = units(model, shard_plan(config), fsdp)
     root, inner = found[-1], found[:-1]
     largest = max((unit.parameters for unit in inner), default=0)
     # Gathered: the root from forward to the end; of the others the present one and the next, unless they stay after forward.
@@ -108,8 +109,9 @@ def predict_peak(
     rows = min(block_size(config.llm.vocab_size, device_type), _filled(shape.labels, device_type))
     logits = rows * config.llm.vocab_size * (4 + d) if shape.labels else 0
     # Summed in float32; in another type, a copy of it is what stays.
-    ready = vocabulary * (4 if d == 4 else 4 + d) if shape.labels else 0
-    projection = vocabulary * d if shape.labels else 0
+    learns = bool(shape.labels) and model.language_model.lm_head.weight.requires_grad
+    ready = vocabulary * (4 if d == 4 else 4 + d) if learns else 0
+    projection = vocabulary * d if learns else 0
     stacks = _stacks(config, shape, args, device_type)
     ae = 4 * _parameters(autoencoder)
     accumulated = state.gradients if args.train.gradient_accumulation_steps > 1 else 0

@@ -5,6 +5,8 @@ Counted from the configuration alone, on the meta device: neither weights nor PE
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -79,6 +81,21 @@ def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
         moments=trained * 8 // shards,
         averages=trained * 4 // shards,
     )
+
+
+@contextmanager
+def as_sharded(model: Bagel, args: Args) -> Iterator[None]:
+    """For the time of the block, a plain model on the meta device without the matrices that sharding does not see."""
+    on = args.params.lora_enable and args.lora.bits
+    layers = _layers(model, args.lora.quant_target, "--quant_target") if on else []
+    held = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.register_parameter("weight", None)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, held, strict=True):
+            layer.register_parameter("weight", weight)
 
 
 def _layers(model: Bagel, names: str, flag: str) -> list[nn.Linear]:

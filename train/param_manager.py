@@ -84,6 +84,8 @@ def freeze(model: nn.Module, args: ParamArgs, lr: float = 1.0) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and _require_group(name) in frozen:
             p.requires_grad_(False)
+    if args.lora_enable and "lora" not in frozen:
+        return  # adapters are trained, also where they are only counted (train/memory.py)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"nothing is left to train: {', '.join(sorted(frozen))} are all frozen")
 

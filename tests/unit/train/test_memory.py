@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.adapters import base_name
 from modeling.build import build_model
 from modeling.source import read_source
 from tests.unit.train.adapting import args_of, built, write_directory
 from train.config import build_args, read_run_file
-from train.memory import state_bytes
+from train.memory import as_sharded, state_bytes
+from train.param_manager import freeze
 
 RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
 CASES: dict[str, dict[str, object]] = {
@@ -43,6 +45,18 @@ def test_counted_as_built(base: Path, tmp_path: Path, case: str) -> None:
     assert found.moments == sum(x.nbytes for x in moments)
     assert found.averages == sum(x.nbytes for x in state.ema.averages.values())
     assert state_bytes(build_model(read_source(base).config), args, shards=2).moments == found.moments // 2
+
+
+def test_sharding_does_not_see_matrices_in_few_bits(base: Path, tmp_path: Path) -> None:
+    args = args_of(base, tmp_path, load_in_4bit=True)
+    model = build_model(read_source(base).config)
+    names = {n for n, _ in model.named_parameters()}
+    freeze(model, args.params)  # nothing but adapters is trained, and they are not there yet
+    with as_sharded(model, args):
+        seen = {n for n, _ in model.named_parameters()}
+    real = {base_name(n) for n, p in built(args)[1].model.named_parameters() if p.dtype != torch.uint8}
+    assert seen == {n for n in real if ".lora_" not in n}
+    assert {n for n, _ in model.named_parameters()} == names
 
 
 def scale_bytes(layer: nn.Module) -> int:
