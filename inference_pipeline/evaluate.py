@@ -14,7 +14,6 @@ Started again after a kill it goes on where it stopped. On several processes, ea
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 import zlib
@@ -29,6 +28,7 @@ import numpy as np
 from inference_pipeline.figures import compute_statistics, figure_lines, mean
 from inference_pipeline.questions import READERS, Question, read_questions
 from inference_pipeline.scoring import Output, Rules, result_row, score
+from train.files import replace_text
 from train.metrics.digits import DigitJudge, measure
 
 if TYPE_CHECKING:  # evaluating needs the model's code, merging parts does not
@@ -289,9 +289,9 @@ def write_statistics(
             f"{len(absent)} samples have no output and count as failures, {absent[0]} first", file=sys.stderr
         )
     rows = [found.get(q.sample_id) or result_row(q, None, rules, output_dir) for q in questions]
-    _replace(output_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(output_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     statistics = compute_statistics(rows, settings)
-    _replace(output_dir / "statistics.json", json.dumps(statistics, indent=2) + "\n")
+    replace_text(output_dir / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     return statistics
 
 
@@ -326,7 +326,7 @@ def pin_settings(args: argparse.Namespace) -> Settings:
                     "remove the directory or give another --output_dir"
                 )
     else:
-        _replace(file, json.dumps(settings, indent=2) + "\n")
+        replace_text(file, json.dumps(settings, indent=2) + "\n")
     return settings
 
 
@@ -347,13 +347,6 @@ def judge_facts(questions: Sequence[Question], rules: Rules, accuracy: Mapping[s
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")  # two processes may write the same file
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

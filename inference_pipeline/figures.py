@@ -51,7 +51,8 @@ def compute_statistics(rows: Sequence[Row], settings: Mapping[str, Any]) -> dict
         settings: how the run was made and judged (weights, seed, split, the judge's own accuracy, ...); copied to the top level.
 
     Returns:
-        A JSON-able mapping: the figures by name, `n` per figure, `overall`, `by_task_type`, the settings.
+        A JSON-able mapping: the figures by name, `n` per figure, `overall`, `by_task_type`, `edit_success_by_kind_and_digits`,
+        the settings.
     """
     by_task: dict[str, list[Row]] = defaultdict(list)
     by_type: dict[str, list[Row]] = defaultdict(list)
@@ -63,7 +64,26 @@ def compute_statistics(rows: Sequence[Row], settings: Mapping[str, Any]) -> dict
         "n": {name: len(by_task[f.task]) for name, f in FIGURES.items()},
         "overall": _summary(rows),
         "by_task_type": {kind: _summary(of_type) for kind, of_type in sorted(by_type.items())},
+        "edit_success_by_kind_and_digits": _edits(by_task["edit"]),
         **settings,
+    }
+
+
+def _edits(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Edits by what is asked and how many digits the picture had before: `{remove: {"2": {"n": …, "edit_success": …}}}`."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if "wanted" not in row or "edit_kind" not in row:  # of another data set's edits
+            continue
+        # The digits that have to be there afterwards; one that was to go was there before.
+        digits = len(row["wanted"]) + (row["edit_kind"] == "remove")
+        found.setdefault(row["edit_kind"], {}).setdefault(str(digits), []).append(row)
+    return {
+        kind: {
+            digits: {"n": len(alike), "edit_success": mean(alike, "correct")}
+            for digits, alike in sorted(by_digits.items())
+        }
+        for kind, by_digits in sorted(found.items())
     }
 
 

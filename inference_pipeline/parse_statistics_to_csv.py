@@ -8,6 +8,7 @@ the figures stops the program with its name, and no CSV is written: a table that
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_pipeline.figures import FIGURES, figure_lines
+from train.files import replace_text
 
 PLACES = ("statistics.json", "eval/statistics.json", "evaluation/statistics.json")
 """Where a directory's statistics may lie, tried in this order."""
@@ -83,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         collected = [(directory, read_statistics(directory)) for directory in args.directories]
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=COLUMNS)
-            writer.writeheader()
-            writer.writerows(summary_row(directory, statistics) for directory, statistics in collected)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(summary_row(directory, statistics) for directory, statistics in collected)
+        replace_text(args.output, table.getvalue())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from inference_pipeline.curves import charts, read_log
 from inference_pipeline.figures import FIGURES
 from inference_pipeline.galleries import GALLERIES, Row, gallery_section
 from inference_pipeline.parse_statistics_to_csv import read_statistics
+from train.files import replace_text
 
 LOG_PLACES = ("results_dir/train_log.jsonl", "results/train_log.jsonl", "train_log.jsonl")
 """Where a run's training log may lie, tried in this order."""
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages=_read_stages(args.run_dir / "timings.json"),
         )
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
+        replace_text(args.output, text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,13 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    aside = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")  # two processes may write the same file
+    aside.write_text(content, encoding="utf-8", newline="")
+    aside.replace(path)
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """`{"bytes": size, "sha256": hash}` of a file, as manifests hold it."""
     digest, size = hashlib.sha256(), 0

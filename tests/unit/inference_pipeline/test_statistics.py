@@ -48,6 +48,30 @@ def test_figures_are_means_over_their_task():
     assert statistics["seed"] == 3
 
 
+def test_edits_are_told_apart_by_kind_and_digits():
+    def edit(kind, left, correct):
+        return {
+            "task": "edit",
+            "main_task_type": "editing",
+            "edit_kind": kind,
+            "wanted": [[1, "red"]] * left,
+            "correct": correct,
+        }
+
+    rows = [
+        edit("remove", 0, True),
+        edit("remove", 0, False),
+        edit("remove", 2, True),
+        edit("recolour", 2, False),
+    ]
+    found = compute_statistics(rows, {})
+    assert found["edit_success_by_kind_and_digits"] == {
+        "recolour": {"2": {"n": 1, "edit_success": 0.0}},
+        "remove": {"1": {"n": 2, "edit_success": 0.5}, "3": {"n": 1, "edit_success": 1.0}},
+    }
+    assert found["edit_success"] == 0.5 and len(figure_lines(found)) == len(FIGURES) + 1
+
+
 def test_a_task_that_was_not_evaluated_has_no_figure():
     rows = [row for row in make_rows() if row["task"] != "edit"]
     statistics = compute_statistics(rows, {})
@@ -211,7 +235,9 @@ def fake_model(monkeypatch):
 
 def _args(directory, **changed):
     defaults = {"output_dir": directory, "shard": 0, "num_shards": 1, "batch_size": 2, "weights": "ema"}
-    return argparse.Namespace(**defaults | {"model_path": Path("model"), "device": "cpu"} | changed)
+    return argparse.Namespace(
+        **defaults | {"model_path": Path("model"), "device": "cpu", "adapter": None} | changed
+    )
 
 
 def test_resume_goes_on_and_two_shards_give_what_one_gives(tmp_path, fake_model):

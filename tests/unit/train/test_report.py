@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from train.args import TrainArgs
@@ -83,6 +84,26 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:
     assert [(row["step"], row["ce"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 9.0)]
 
 
+def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with reporter(tmp_path) as first:
+        first.step(report(1))
+        first.validation(1, {"val/loss": 2.5, "val/seconds": 1.0, "val/a/ce": 3.0})
+    with reporter(tmp_path) as second:
+        second.step(report(1, ce=7.0))
+    assert (
+        "holds the log of another run" in caplog.text and "train_log.1.jsonl, val_log.1.jsonl" in caplog.text
+    )
+    assert json.loads((tmp_path / "train_log.1.jsonl").read_text())["ce"] == 1.0
+    assert json.loads((tmp_path / "val_log.1.jsonl").read_text()) == {
+        "step": 1, "val/loss": 2.5, "val/seconds": 1.0, "val/a/ce": 3.0,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "train_log.jsonl").read_text())["ce"] == 7.0
+    caplog.clear()
+    with reporter(tmp_path, first_step=1):
+        pass
+    assert "another run" not in caplog.text, "it is gone on with"
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with reporter(tmp_path, is_main=False) as r:
         r.step(report(2))
@@ -136,6 +157,9 @@ class FakeWandb(ModuleType):
         self.settings = settings
         return self
 
+    def Image(self, pixels: np.ndarray) -> tuple[int, ...]:
+        return pixels.shape
+
     def log(self, values: dict[str, float], step: int) -> None:
         self.rows.append((step, values))
 
@@ -154,10 +178,12 @@ def test_weights_and_biases_gets_what_tensorboard_gets(
     with reporter(tmp_path, wandb=wandb_starter(args, {"lr": 1e-4})) as r:
         r.step(report(1))
         r.step(report(2))
+        r.image(2, "val/draw", np.zeros((4, 6, 3), dtype=np.uint8))
     assert fake.settings == {
         "project": "p", "name": "n", "id": "n-run7", "resume": "allow", "mode": "offline", "config": {"lr": 1e-4},
     }  # fmt: skip
-    ((step, values),) = fake.rows
+    (step, values), shown = fake.rows
+    assert shown == (2, {"val/draw/samples": (4, 6, 3)})
     assert step == 2 and values["ce"] == 1.0 and fake.finished
 
 
