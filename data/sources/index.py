@@ -15,8 +15,9 @@ import mmap
 import os
 import posixpath
 import time
+import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,7 +43,7 @@ from data.sources.storage import (
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "WEFT_INDEX_CACHE_DIR"
-VERSION = 1
+VERSION = 2
 SMALL_BYTES = 1 << 26
 """Files that together are smaller than this are indexed in this process."""
 
@@ -210,7 +211,12 @@ def _save(place: Path, kind: str, stamps: Sequence[FileStamp], parts: Sequence[A
     named = [(f"{i}.{name}", array) for i, part in enumerate(parts) for name, array in part.items()]
     named.sort(key=lambda item: -item[1].dtype.itemsize)
     code = {dtype: name for name, dtype in DTYPES.items()}
-    about = {"version": VERSION, "kind": kind, "files": [asdict(s) for s in stamps]}
+    about = {
+        "version": VERSION,
+        "kind": kind,
+        "files": [asdict(s) for s in stamps],
+        "crc32": _checksum(named),
+    }
     header: dict[str, Any] = {"__metadata__": {"index": json.dumps(about)}}
     end = 0
     for name, array in named:
@@ -230,8 +236,12 @@ def _save(place: Path, kind: str, stamps: Sequence[FileStamp], parts: Sequence[A
         raise ValueError(f"{place}: the index cannot be written ({brief(e)}); set {CACHE_VARIABLE}") from e
 
 
-def _load(place: Path) -> Index:
+def _load(place: Path, whole: bool = False) -> Index:
     """Map an index.
+
+    Args:
+        place: its file.
+        whole: read all of it and hold it against its checksum; else it is only mapped.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: if it is absent, broken or of another version.
@@ -249,6 +259,7 @@ def _load(place: Path) -> Index:
         raise ValueError(f"an index of version {about['version']}")
     stamps = [FileStamp(**stamp) for stamp in about["files"]]
     parts: list[dict[str, np.ndarray]] = [{} for _ in stamps]
+    named: list[tuple[str, np.ndarray]] = []
     for name, entry in header.items():
         number, _, field = name.partition(".")
         dtype = DTYPES[entry["dtype"]]
@@ -256,17 +267,29 @@ def _load(place: Path) -> Index:
         if not 0 <= start <= end <= size - 8 - length:
             raise ValueError("cut short")
         count = math.prod(entry["shape"])
-        parts[int(number)][field] = np.frombuffer(mapped, dtype, count, 8 + length + start)
+        array = np.frombuffer(mapped, dtype, count, 8 + length + start)
+        parts[int(number)][field] = array
+        named.append((name, array))
+    if whole and _checksum(named) != about["crc32"]:
+        raise ValueError("its checksum does not match")
     digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
     return Index(about["kind"], stamps, parts, str(place), digest)
 
 
+def _checksum(named: Iterable[tuple[str, np.ndarray]]) -> int:
+    crc = 0
+    for name, array in named:
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+    return crc
+
+
 def _existing(place: Path, kind: str) -> Index | None:
     try:
-        index = _load(place)
+        index = _load(place, whole=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         logger.info("%s: the index is made anew (%s)", place, brief(e))
         return None
     return index if index.kind == kind else None

@@ -148,9 +148,9 @@ ENDS: dict[Prepare, str] = {
     flag_typo: r"unknown argument --expected_num_tokns=500; did you mean --expected_num_tokens\?",
     contradicting_budgets: r"--expected_num_tokens 800 is more than --max_num_tokens 700; a pack could never be full",
     no_weights: r".*/base/model\.safetensors: no weights here; train or export a model first, or ask for --from_scratch True",
-    missing_head: r"group 'refer': ReferDataset asks for what the model has no head for: box \({folder}/model/bagel_config\.json "
-    r"names its heads: mask\); take the group out of the mixture, set its box_templates: \[\], "
-    r"or start from a model that has them",
+    missing_head: r"group 'vqa': .*/vqa_train\.jsonl:\d+ asks for what the model has no head for: box "
+    r"\({folder}/model/bagel_config\.json names its heads: mask\); remove the row's objects and their <BOX>, take the group out "
+    r"of the mixture, or start from a model that has it",
     damaged_autoencoder: r"{folder}/model/ae\.safetensors: cannot be read as safetensors \(.*\); copy it here again",
     lanes_and_ranks: r"1 lanes cannot be dealt to 2 ranks: each needs one; start a new run with a larger --num_lanes",
     too_many_bad_records: r"group 'text_only': 1 records? could not be used, the limit is 0; "

@@ -283,6 +283,20 @@ def test_sources_travel_to_workers(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ index
 
 
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.97])
+def test_a_flipped_bit_in_an_index_is_no_fault_of_the_records(tmp_path, caplog, place):
+    caplog.set_level(logging.INFO)
+    file = write_jsonl(tmp_path / "a.jsonl", 50)
+    JsonlSource(file)
+    kept = tmp_path / "a.jsonl.index.safetensors"
+    content = bytearray(kept.read_bytes())
+    content[int(len(content) * place)] ^= 16
+    kept.write_bytes(content)
+    source = JsonlSource(file)
+    assert [source.read(i).data["i"] for i in range(50)] == list(range(50))
+    assert "the index is made anew" in caplog.text
+
+
 def test_only_the_file_that_changed_is_read_again(tmp_path, monkeypatch):
     for i in range(3):
         write_jsonl(tmp_path / f"{i}.jsonl", 2 + i)
