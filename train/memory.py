@@ -88,7 +88,7 @@ def as_sharded(model: Bagel, args: Args) -> Iterator[None]:
     """For the time of the block, a plain model on the meta device without the matrices that sharding does not see."""
     on = args.params.lora_enable and args.lora.bits
     layers = _layers(model, args.lora.quant_target, "--quant_target") if on else []
-    held = [layer.weight for layer in layers]
+    held = [layer.get_parameter("weight") for layer in layers]
     for layer in layers:
         layer.register_parameter("weight", None)
     try:
