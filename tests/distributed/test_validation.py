@@ -18,6 +18,8 @@ from data.policy import PackBudget
 from data.sources import Record
 from data.stream import StreamPlan
 from data.types import PackedBatch, Sample
+from modeling.bagel.continuation import continue_sample
+from modeling.bagel.decode import Decoder, DrawOptions
 from modeling.types import FlowState
 from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
@@ -127,7 +129,32 @@ def train(folder: str, *, sharded: bool = True, validated: bool = True, **flags:
     )
 
 
-def on_both(folder: str) -> list[Trained]:
+def anchors_in_bf16() -> list[float]:
+    """A box of an anchor that a model in pieces wrote, asked for outside its forward pass."""
+    args = build_args({**FIXED, "param_dtype": "bf16", "min_unit_params": 10**9})
+    state = build_state(args, sharded=True)
+    decoder = Decoder(state.model, Encoder(), SPEC, SPECIAL, torch.device("cpu"))  # type: ignore[arg-type]
+    always = torch.tensor([SPECIAL.anchors["box"]])
+    made = continue_sample(
+        decoder,
+        SAMPLES["see"](),
+        DrawOptions(),
+        seed=0,
+        max_new_tokens=2,
+        choose=lambda logits, alive: always,
+    )
+    assert [name for name, _ in made.heads] == ["box", "box"]
+    return made.heads[0][1].boxes.float().flatten().tolist()
+
+
+def on_both(folder: str) -> list[Any]:
+    return [
+        anchors_in_bf16(),
+        *on_two(folder),
+    ]
+
+
+def on_two(folder: str) -> list[Trained]:
     return [
         train(f"{folder}/{name}", **flags)
         for name, flags in {
@@ -141,7 +168,8 @@ def on_both(folder: str) -> list[Trained]:
 @pytest.mark.timeout(100)
 def test_two_ranks_validate_as_one_process_and_leave_no_trace(tmp_path: Path) -> None:
     ranks = run_distributed(on_both, 2, str(tmp_path))
-    (mine, in_bf16, untouched), (other, _, _) = ranks
+    (box, mine, in_bf16, untouched), (same_box, other, _, _) = ranks
+    assert box == same_box and len(box) == 4
     alone = train(str(tmp_path / "alone"), sharded=False)
 
     assert mine.packs != other.packs, "one rank takes part with empty packs"
