@@ -50,17 +50,21 @@ class Clock:
         if self._on_gpu and name != DATA:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((name, begin, end))
             return
         begun = time.perf_counter()
         self._inner.append(0.0)
-        yield
-        spent = time.perf_counter() - begun
-        self._seconds[name] += spent - self._inner.pop()
-        if self._inner:
-            self._inner[-1] += spent
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begun
+            self._seconds[name] += spent - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += spent
 
     def read(self) -> dict[str, float]:
         """Seconds of every phase since this was last called; on a GPU, waits for it."""

@@ -137,7 +137,7 @@ class Reporter:
         logging.getLogger().addHandler(self._handler)
         if kept:
             logger.warning(
-                "%s holds the log of another run, and this one begins anew: kept as %s",
+                "%s holds the log of an earlier run, and this one begins anew: kept as %s",
                 directory,
                 ", ".join(kept),
             )

@@ -15,7 +15,7 @@ from tests.e2e.conftest import Quickstart
 from tests.e2e.trainer import Done, run_trainer
 
 TOTAL_STEPS, SAVE_EVERY = 12, 3
-RATES = ("time", "tokens_per_sec", "samples_per_sec")
+RATES = ("time", "tokens_per_sec", "samples_per_sec", "phases", "mem_rss")
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
-"""`python -m train.plan`: what a run will take, from its flags, its data and the machine."""
+"""What a run will take (`python -m train.plan`), and what a made-up one takes (`train/main_benchmark.py`)."""
 
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from tests.e2e.conftest import Quickstart
+from tests.e2e.trainer import ROOT
 from train.plan import main
 
 FLAGS = (
@@ -69,3 +73,43 @@ def test_a_plan_that_cannot_be_made(
 ) -> None:
     assert plan(quickstart, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_made_up_batch_is_measured() -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "main_benchmark.py"),
+        "--json",
+        "--steps",
+        "1",
+        "--warm_up",
+        "1",
+    ]
+    command += [
+        "--texts",
+        "2x40",
+        "--see",
+        "1x56x70",
+        "--draw",
+        "1x64x64",
+        "--param_dtype",
+        "fp32",
+        "--reduce_dtype",
+        "fp32",
+    ]
+    command += [
+        "--set",
+        "llm.num_hidden_layers=1",
+        "--set",
+        "ae.ch_mult=1,1,1,1",
+        "--peak_device_tflops",
+        "0.2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    # A text of 40 has two segments with two markers each; 20 patches, 16 latent tokens and their markers, texts of 32 and theirs.
+    assert figures["tokens_per_step"] == 2 * (40 + 4) + (20 + 2 + 2 * (32 + 2)) + (32 + 2 + 16 + 2)
+    assert figures["total_samples"] == 4 and 0 < figures["mfu"] < 1
+    assert figures["total_ce_tokens"] == 2 * (20 + 1) + 33 and figures["total_mse_tokens"] == 16
+    assert 0 < figures["time/forward"] + figures["time/backward"] < figures["time/step"]
+    assert figures["memory/peak"] > 0.5 * figures["memory/predicted"] > 0

@@ -91,7 +91,7 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, caplog: pytest.LogCa
     with reporter(tmp_path) as second:
         second.step(report(1, ce=7.0))
     assert (
-        "holds the log of another run" in caplog.text and "train_log.1.jsonl, val_log.1.jsonl" in caplog.text
+        "holds the log of an earlier run" in caplog.text and "train_log.1.jsonl, val_log.1.jsonl" in caplog.text
     )
     assert json.loads((tmp_path / "train_log.1.jsonl").read_text())["ce"] == 1.0
     assert json.loads((tmp_path / "val_log.1.jsonl").read_text()) == {
@@ -101,7 +101,7 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, caplog: pytest.LogCa
     caplog.clear()
     with reporter(tmp_path, first_step=1):
         pass
-    assert "another run" not in caplog.text, "it is gone on with"
+    assert "earlier run" not in caplog.text, "it is gone on with"
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
