@@ -67,7 +67,8 @@ def test_a_worker_that_gets_on_is_waited_for():
 def test_a_worker_that_hangs_is_named_with_what_it_reads_and_ended(how):
     with pytest.raises(SourceLost) as e:
         received({3: how}, timeout_s=1)
-    assert e.value.got == [0, 1, 2]
+    # What was made before is given out, but for what a stopped process has not yet sent.
+    assert e.value.got == [0, 1, 2] if how == "hang" else e.value.got in ([], [0], [0, 1], [0, 1, 2])
     text, pid = str(e.value), int(str(e.value).partition("(process ")[2].partition(")")[0])
     assert (
         text.startswith("data worker 1 of rank 3 (process ")
