@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run torchrun's command line; exits with `STOPPED_CODE` if the ranks were asked to stop and did."""
     args = run.parse_args(sys.argv[1:] if argv is None else list(argv))
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    if ":" in args.nnodes:
+        # Torch would keep the address of the first round's store, and a machine that joins later would wait for it in vain.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Blocked signals stay blocked in the ranks, and wait there, until a rank is ready for them: none is lost while it starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_pass_on_signals, daemon=True).start()

@@ -16,9 +16,11 @@ from train.distributed.session import STOPPED_CODE
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 5
+LAUNCH = str(ROOT / "train" / "launch.py")
 ENTRY = """
 import sys
 import time
+from pathlib import Path
 import torch
 from train.distributed.collectives import all_sum, barrier
 from train.distributed.session import run_entry, session
@@ -33,7 +35,15 @@ def main():
             world.lookout.follow(lambda: (7, "data" if world.rank else "communication"))
             time.sleep(60 * world.rank)
             barrier()
-        for _ in range(600):  # steps, with the ranks' questions in their one collective
+        if sys.argv[1] == "elastic":
+            sizes = Path(sys.argv[3])
+            if world.is_main:
+                with sizes.open("a") as file:
+                    file.write(f"{world.size}\\n")
+            barrier()
+            if sizes.read_text().split() == ["1", "2", "1"]:
+                return
+        for _ in range(2000):  # steps, with the ranks' questions in their one collective
             time.sleep(0.05)
             if all_sum(torch.tensor(float(stop.asks()))):
                 stop.heard(type("State", (), {"step": 3}))
@@ -50,23 +60,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def two_agents(folder: Path, launcher: Sequence[str], *args: str) -> list[subprocess.Popen[str]]:
-    """Two machines with one rank each, all on this one."""
+def agent(folder: Path, launcher: Sequence[str], *args: str) -> subprocess.Popen[str]:
+    """A machine with one rank."""
     script = folder / "entry.py"
     script.write_text(ENTRY)
-    port = free_port()
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *launcher, *options, str(script), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for _ in range(2)
-    ]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "--nproc_per_node=1", "--rdzv_backend=c10d", str(script), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def two_agents(folder: Path, launcher: Sequence[str], *args: str) -> list[subprocess.Popen[str]]:
+    """Two machines, all on this one."""
+    options = [*launcher, "--nnodes=2", f"--rdzv_endpoint=localhost:{free_port()}"]
+    return [agent(folder, options, *args) for _ in range(2)]
 
 
 def ended(agents: list[subprocess.Popen[str]], limit_s: float) -> list[tuple[int, str]]:
@@ -98,7 +109,7 @@ def test_a_late_rank_is_named_and_everything_ends(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_a_signal_to_one_agent_stops_all_ranks(tmp_path: Path) -> None:
-    agents = two_agents(tmp_path, [str(ROOT / "train" / "launch.py")], "steps", "60")
+    agents = two_agents(tmp_path, [LAUNCH], "steps", "60")
     assert agents[0].stdout is not None
     lines = []
     for line in agents[0].stdout:
@@ -111,6 +122,36 @@ def test_a_signal_to_one_agent_stops_all_ranks(tmp_path: Path) -> None:
     output = found[0][1] + found[1][1]
     assert "stopped: SIGUSR1 received; saved after step 3" in output
     assert "stopped: another rank was asked to end; saved after step 3" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_machines_come_and_go(tmp_path: Path) -> None:
+    sizes = tmp_path / "sizes"
+    options = [LAUNCH, "--nnodes=1:2", f"--rdzv_endpoint=localhost:{free_port()}", "--max_restarts=3"]
+    options.append("--rdzv_conf=last_call_timeout=1")
+
+    def wait_for(expected: list[str]) -> None:
+        deadline = time.monotonic() + 80
+        while not (sizes.exists() and sizes.read_text().split() == expected):
+            assert time.monotonic() < deadline, sizes.read_text() if sizes.exists() else "nothing started"
+            time.sleep(0.1)
+
+    first = agent(tmp_path, options, "elastic", "60", str(sizes))
+    wait_for(["1"])
+    second = agent(tmp_path, options, "elastic", "60", str(sizes))
+    wait_for(["1", "2"])
+    for pid in children(second.pid):
+        os.kill(pid, signal.SIGKILL)
+    second.kill()
+    ((code, output), _) = ended([first, second], 90)
+    assert code == 0, output
+    assert "stopped: SIGTERM received; saved after step 3" in output  # when the second machine came
+    assert sizes.read_text().split() == ["1", "2", "1"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for task in Path(f"/proc/{pid}/task").glob("*/children") for p in task.read_text().split()]
 
 
 def test_who_is_late() -> None:

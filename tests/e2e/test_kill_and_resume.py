@@ -93,7 +93,7 @@ def complete(checkpoints: Path) -> list[str]:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    """Everything logged about every step but how fast it was."""
+    """Everything logged about every step but how fast it was, and how much memory it took."""
     file = run / "results" / "train_log.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines]
