@@ -143,9 +143,9 @@ class Saver:
             self._known, self._copies = known, []
         live = [cast(Tensor, planner.resolve_data(item)) for item in self._items]
         if self.aside:
-            if not self._copies:
-                self._copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in live]
             with _beside(after) as stream:
+                if not self._copies:
+                    self._copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in live]
                 torch._foreach_copy_(self._copies, live, non_blocking=True)
             if stream is not None:
                 stream.synchronize()
@@ -159,9 +159,9 @@ def _beside(after: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None
     if after is None:
         yield None
         return
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(device=after.device)
     stream.wait_event(after)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # and on its device: a thread begins on the first GPU
         yield stream
 
 
