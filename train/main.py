@@ -268,6 +268,7 @@ def sharding(args: Args) -> str:
     try:
         model = build_model(model_source(args.model).config)
         freeze(model, args.params, args.optim.lr)
+        keep_frozen_in(model, DTYPES[args.params.frozen_dtype])
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         return describe_units(model, shard_plan(model.config), args.fsdp, ranks)
     except ValueError as error:

@@ -130,9 +130,9 @@ def describe_units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs, 
     if inside:
         again = sum(bool(layer.rerun) for layer in inside)
         lines.append(
-            f"{len(inside)} layers have fewer than --min_unit_params {args.min_unit_params:,} and belong to the unit "
-            f"around them; {again} of them are run again ({args.recompute_mode})"
-            + (", all are compiled" if args.compile else "")
+            f"layers with fewer than --min_unit_params {args.min_unit_params:,}, in the unit around them: {len(inside)}"
+            + (f", {again} of them with {args.recompute_mode} recomputation" if again else "")
+            + (", all compiled" if args.compile else "")
         )
     return "\n".join(lines)
 

@@ -166,9 +166,12 @@ def test_run_file_mistakes_are_named(tmp_path: Path, text: str, message: str) ->
 
 def test_print_config_gives_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_args([*DATA, "--lr", "0.5", "--print-config"])
+        parse_args(
+            [*DATA, "--lr", "0.5", "--print-config"], about=lambda args: f"the rate\nis {args.optim.lr}"
+        )
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert printed.endswith("# the rate\n# is 0.5\n")
     assert list(yaml.safe_load(printed)) == list(FLAGS)
     (tmp_path / "run.yaml").write_text(printed)
     assert parse_args(["--config", str(tmp_path / "run.yaml")]) == build_args(

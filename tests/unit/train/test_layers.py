@@ -192,7 +192,7 @@ def test_units_and_what_is_said_of_them() -> None:
     assert "language_model.model.layers.0-1" in told and "vit_model.vision_model.encoder.layers.0-1" in told
     assert told.count("freed, full recomputation, compiled") == 2 and "(everything else)" in told
     inside = describe_units(model, plan, fsdp(recompute=True, recompute_every=2, min_unit_params=10**9), 4)
-    assert "4 layers have fewer than --min_unit_params" in inside and "2 of them are run again" in inside
+    assert "in the unit around them: 4, 2 of them with full recomputation" in inside
 
 
 def test_tied_weights_in_two_units_are_refused() -> None:

@@ -15,7 +15,7 @@ from data.vlm_dataset import VlmDataset
 from tests.unit.data.toy_groups import NumberDataset, group
 from tests.unit.modeling.tiny import tiny_config
 from train.config import build_args
-from train.main import for_training, require_heads
+from train.main import for_training, require_heads, sharding
 
 
 class PictureDataset(NumberDataset):
@@ -96,3 +96,21 @@ def test_rows_without_objects_need_no_head(tmp_path: Path, tokenizer: Tokenizer)
         [rows_with_objects(tmp_path, tokenizer, VlmDataset, words)],
         Path("model"),
     )
+
+
+def test_what_print_config_says_of_sharding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sharding(build_args({"model_path": str(tmp_path)})).startswith(f"no shard plan: {tmp_path}")
+    for name, config in (
+        ("llm_config", {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+                        "num_key_value_heads": 2, "vocab_size": 64}),
+        ("vit_config", {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                        "patch_size": 8, "image_size": 64}),
+        ("bagel_config", {}),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    flags = {"model_path": str(tmp_path), "from_scratch": True, "min_unit_params": 0, "num_replicate": 2}
+    told = sharding(build_args(flags))
+    assert "HYBRID_SHARD, 2 x 2 ranks" in told and "language_model.model.layers.0-2" in told, told
+    told = sharding(build_args({**flags, "num_replicate": 3}))
+    assert told.startswith("no shard plan: --sharding_strategy HYBRID_SHARD with --num_replicate 3")
