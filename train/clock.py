@@ -14,12 +14,10 @@ from contextlib import contextmanager
 import torch
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = (
-    "data",
-    "forward",
-    "backward",
-    "optimizer",
-    "communication",
-)
+    "data", "forward", "backward", "optimizer", "communication",
+)  # fmt: skip
+VALIDATION = "validation"
+"""Between two steps."""
 
 
 class Clock:

@@ -37,6 +37,7 @@ from modeling.bagel.choice import likeliest
 from modeling.bagel.continuation import can_be_continued, continue_sample
 from modeling.bagel.decode import Decoder, DrawOptions
 from train.args import Args
+from train.clock import VALIDATION
 from train.distributed.collectives import all_sum, broadcast_object, gather_objects
 from train.distributed.sharding import regather
 from train.hooks import Hook
@@ -100,10 +101,11 @@ class Validation(Hook):
         if state.step % self._args.val_every and state.step < self._total_steps:
             return
         begun = time.perf_counter()
-        with self._weights(state):
+        with self._run.clock.phase(VALIDATION), self._weights(state):
             figures = self.losses(state)
             figures |= self.samples(state)
         figures["val/seconds"] = time.perf_counter() - begun
+        self._run.clock.read()  # weights that were gathered here are no part of the next step's time
         self._reporter.validation(state.step, figures)
         for listener in self._listeners:
             listener(state.step, figures)

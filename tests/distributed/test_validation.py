@@ -26,9 +26,11 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.tiny_run import FIXED, SAMPLES, build_state, made_pack
 from tests.unit.data.toy_groups import NumberSource
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, tiny_config
+from train.clock import COMMUNICATION
 from train.config import build_args
 from train.distributed.collectives import rank, world_size
 from train.distributed.session import World
+from train.distributed.sharding import time_collectives
 from train.hooks import Hook
 from train.loop import Run, training_step
 from train.objective import Objective
@@ -103,6 +105,7 @@ def train(folder: str, *, sharded: bool = True, validated: bool = True, **flags:
         flops=lambda pack: 0.0,
         peak_tflops=0.0,
     )
+    time_collectives(state.model, run.clock.phase, COMMUNICATION)
     figures: dict[int, dict[str, float]] = {}
     packs = 0
     with Reporter(
@@ -122,6 +125,7 @@ def train(folder: str, *, sharded: bool = True, validated: bool = True, **flags:
             report = training_step(accumulated, state, own)
             assert report is not None
             hook.after_step(state, report)
+            assert not run.clock.read(), "no time of validation is left for the next step"
     return Trained(
         figures=figures,
         packs=packs,
