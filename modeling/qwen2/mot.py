@@ -60,7 +60,7 @@ class Routing:
 
 def filled(rows: Tensor) -> Tensor:
     """Append zero rows up to a multiple of `BLOCK`, on a CPU and from one block on (few rows are cheap as they are)."""
-    if rows.device.type != "cpu" or len(rows) < BLOCK:
+    if rows.device.type != "cpu" or len(rows) < BLOCK or len(rows) % BLOCK == 0:
         return rows
     return F.pad(rows, [0, 0] * (rows.ndim - 1) + [0, -len(rows) % BLOCK])
 

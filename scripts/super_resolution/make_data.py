@@ -40,6 +40,8 @@ PHOTOGRAPHS = (
 )
 """Of those that are installed with scikit-image: photographs with detail. The others of `skimage.data` would be downloaded."""
 SCALE, SIDE = 4, 32
+MIN_CONTRAST = 8.0
+"""Standard deviation, of 255, below which a crop is nearly of one colour and not held out: its PSNR would say nothing."""
 INSTRUCTION = "Sharpen."
 
 LLM: dict[str, Any] = {
@@ -129,12 +131,14 @@ def random_crops(
 
 
 def grid_of_crops(pairs: Sequence[tuple[Pixels, Pixels]]) -> Iterator[tuple[Pixels, Pixels]]:
-    """Every whole crop side by side."""
+    """Every whole crop side by side, if there is something on it."""
     for low, high in pairs:
         height, width = high.shape[:2]
         for top in range(0, height - SIDE + 1, SIDE):
             for left in range(0, width - SIDE + 1, SIDE):
-                yield low[top : top + SIDE, left : left + SIDE], high[top : top + SIDE, left : left + SIDE]
+                place = slice(top, top + SIDE), slice(left, left + SIDE)
+                if high[place].std() >= MIN_CONTRAST:
+                    yield low[place], high[place]
 
 
 def write(folder: Path, part: str, crops: Iterator[tuple[Pixels, Pixels]]) -> int:

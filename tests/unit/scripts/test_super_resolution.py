@@ -45,6 +45,8 @@ def test_crops_of_both_pictures_are_of_one_place() -> None:
         found = list(crops)
         assert all(low.shape == (SIDE, SIDE, 3) and np.array_equal(low, high) for low, high in found)
     assert len(found) == 9 and len({high.tobytes() for _, high in found}) == 9
+    pixels[:SIDE] = 200  # nothing to see in the first row of crops
+    assert len(list(grid_of_crops(pairs))) == 6
 
 
 def test_the_mixture_reads_what_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
