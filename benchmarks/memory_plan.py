@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (*FP32, "--texts", "4x256", "--set", "llm.vocab_size=32768", "--recompute", "True"),
     ),
+    "bf16, all activations kept": (1, ("--texts", "4x256", "--recompute", "False")),
     "two ranks, sharded": (
         2,
         (*FP32, "--texts", "8x256", "--sharding_strategy", "FULL_SHARD", "--recompute", "False"),
