@@ -75,9 +75,23 @@ def pack(
 
 def patchify_pixels(pixels: Tensor, patch_size: int) -> Tensor:
     """`3 (rows p) (cols p)` -> `(rows cols) (p p 3)`: row-major patches, channel fastest."""
-    c, height, width = pixels.shape
-    grid = pixels.reshape(c, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch_size * patch_size * c)
+    return _patch_grid(pixels, patch_size).reshape(-1, patch_size * patch_size * len(pixels))
+
+
+def _patch_grid(pixels: Tensor, patch_size: int) -> Tensor:
+    """`3 (rows p) (cols p)` -> `rows cols p p 3`, nothing copied."""
+    return pixels.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size)).permute(1, 3, 2, 4, 0)
+
+
+def _all_patches(pictures: Sequence[Tensor], patch_size: int) -> Tensor:
+    """`v (p p 3)`: the patches of all pictures. They are most of a pack, so each pixel is copied once, to its place."""
+    counts = [p.shape[1] // patch_size * (p.shape[2] // patch_size) for p in pictures]
+    dtype = pictures[0].dtype if pictures else torch.uint8
+    patches = torch.empty(sum(counts), 3 * patch_size**2, dtype=dtype)
+    for picture, place in zip(pictures, patches.split(counts), strict=True):
+        grid = _patch_grid(picture, patch_size)
+        place.view(grid.shape).copy_(grid)
+    return patches
 
 
 def content_key(pixels: Tensor) -> int:
@@ -127,7 +141,7 @@ class _Fields:
         self.label_ids: list[Tensor] = []
         self.label_index: list[Tensor] = []
         self.label_weight: list[Tensor] = []
-        self.und_patches: list[Tensor] = []
+        self.und_pixels: list[Tensor] = []
         self.und_position: list[Tensor] = []
         self.und_index: list[Tensor] = []
         self.und_hw: list[tuple[int, int]] = []
@@ -164,7 +178,7 @@ class _Fields:
         spec = self.spec
         index = torch.arange(hw[0] * hw[1]) + self.length + 1
         if segment.kind == "und_image":
-            self.und_patches.append(patchify_pixels(segment.pixels, spec.vit_patch_size))
+            self.und_pixels.append(segment.pixels)
             self.und_position.append(grid_position(*hw, spec.vit_positions_per_side, spec.interpolate_pos))
             self.und_index.append(index)
             self.und_hw.append(hw)
@@ -196,9 +210,7 @@ class _Fields:
             label_ids=_cat(self.label_ids),
             label_index=_cat(self.label_index),
             label_weight=_cat(self.label_weight, torch.zeros(0)),
-            und_patches=_cat(
-                self.und_patches, torch.zeros(0, 3 * self.spec.vit_patch_size**2, dtype=torch.uint8)
-            ),
+            und_patches=_all_patches(self.und_pixels, self.spec.vit_patch_size),
             und_position=_cat(self.und_position),
             und_index=_cat(self.und_index),
             und_hw=torch.tensor(self.und_hw, dtype=torch.int64).reshape(-1, 2),
