@@ -87,4 +87,5 @@ def _run_again(module: nn.Module, method: str, **how: Any) -> None:
 
 def _compiled(piece: Any, backend: str) -> Any:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
-    return torch.compile(piece, backend=backend, dynamic=True, fullgraph=True)
+    # Not `fullgraph`: what cannot be traced inside (kernels and layers of other packages) runs as it is.
+    return torch.compile(piece, backend=backend, dynamic=True)
