@@ -91,7 +91,8 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, caplog: pytest.LogCa
     with reporter(tmp_path) as second:
         second.step(report(1, ce=7.0))
     assert (
-        "holds the log of an earlier run" in caplog.text and "train_log.1.jsonl, val_log.1.jsonl" in caplog.text
+        "holds the log of an earlier run" in caplog.text
+        and "train_log.1.jsonl, val_log.1.jsonl" in caplog.text
     )
     assert json.loads((tmp_path / "train_log.1.jsonl").read_text())["ce"] == 1.0
     assert json.loads((tmp_path / "val_log.1.jsonl").read_text()) == {
