@@ -191,6 +191,14 @@ class Reporter:
         self._files[name].write(json.dumps({"step": step, **figures}) + "\n")
         self._files[name].flush()
 
+    def validations(self) -> list[dict[str, float]]:
+        """The figures of the validations before the run's first step; none on other ranks than 0."""
+        path = self._directory / VALIDATION_FILE
+        if not self.is_main or not path.exists():
+            return []
+        reopen_log(path, self._first_step).close()
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
     def image(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
         """Show a picture `hh ww 3` in TensorBoard and Weights & Biases."""
         if not self.is_main:

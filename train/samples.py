@@ -155,6 +155,24 @@ def collapse(figures: Mapping[str, float], best_psnr: float | None) -> list[str]
     return found
 
 
+class Guard:
+    """Remembers how pictures of every group have been, so that what is said of them is news."""
+
+    def __init__(self) -> None:
+        self._best_psnr: dict[str, float] = {}
+        self._was_well: dict[str, bool] = {}
+
+    def judge(self, group: str, figures: Mapping[str, float]) -> list[str]:
+        """What to say of a group's pictures: each time if they have been well, once if they never were (a new model)."""
+        if "psnr" not in figures:
+            return []
+        wrong = collapse(figures, self._best_psnr.get(group))
+        is_news = self._was_well.get(group, True)
+        self._was_well[group] = not wrong or self._was_well.get(group, False)
+        self._best_psnr[group] = max(figures["psnr"], self._best_psnr.get(group, -math.inf))
+        return wrong if is_news else []
+
+
 def _nth(values: Sequence[Any], index: int) -> Any:
     return values[index] if index < len(values) else None
 

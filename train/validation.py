@@ -15,7 +15,6 @@ the others.
 import functools
 import json
 import logging
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +42,7 @@ from train.distributed.sharding import regather
 from train.hooks import Hook
 from train.loop import Run, forward
 from train.report import Reporter, StepReport
-from train.samples import Shown, collapse, sample_figures, sheet, shown
+from train.samples import Guard, Shown, sample_figures, sheet, shown
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -94,8 +93,13 @@ class Validation(Hook):
                 f"validation: no pack comes of the groups {', '.join(self._packs)}; look at their data"
             )
         self._samples = {g.name: fixed_samples(plan, g, args.val_samples) for g in plan.groups}
-        self._best_psnr: dict[str, float] = {}
-        self._was_well: dict[str, bool] = {}
+        self._guard = Guard()
+        for figures in reporter.validations():  # of the run that is gone on with
+            for group in self._samples:
+                prefix = f"val/{group}/" if len(self._samples) > 1 else "val/"
+                self._guard.judge(
+                    group, {n.removeprefix(prefix): v for n, v in figures.items() if n.startswith(prefix)}
+                )
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         if state.step % self._args.val_every and state.step < self._total_steps:
@@ -197,14 +201,9 @@ class Validation(Hook):
         }
 
     def _warn(self, step: int, group: str, figures: Mapping[str, float]) -> None:
-        """Say so if drawn pictures have collapsed: each time if they have been well, once if they never were (a new model)."""
-        if "psnr" not in figures:
-            return
-        wrong = collapse(figures, self._best_psnr.get(group))
-        if wrong and self._was_well.get(group, True) and self._run.world.is_main:
+        wrong = self._guard.judge(group, figures)
+        if wrong and self._run.world.is_main:
             logger.warning("step %d: pictures drawn for %r look wrong: %s", step, group, "; ".join(wrong))
-        self._was_well[group] = not wrong or self._was_well.get(group, False)
-        self._best_psnr[group] = max(figures["psnr"], self._best_psnr.get(group, -math.inf))
 
     def _show(self, step: int, rows: Mapping[str, list[Shown]]) -> None:
         if not self._run.world.is_main or not rows:

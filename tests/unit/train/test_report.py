@@ -100,8 +100,11 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, caplog: pytest.LogCa
     }  # fmt: skip
     assert json.loads((tmp_path / "train_log.jsonl").read_text())["ce"] == 7.0
     caplog.clear()
-    with reporter(tmp_path, first_step=1):
-        pass
+    with reporter(tmp_path, first_step=1) as third:
+        assert third.validations() == []
+        third.validation(2, {"val/loss": 1.5})
+    with reporter(tmp_path, first_step=2) as fourth, reporter(tmp_path, first_step=2, is_main=False) as other:
+        assert fourth.validations() == [{"step": 2, "val/loss": 1.5}] and other.validations() == []
     assert "earlier run" not in caplog.text, "it is gone on with"
 
 

@@ -17,7 +17,7 @@ from tests.unit.modeling.tiny import (
     text_sample,
     tiny_decoder,
 )
-from train.samples import Shown, collapse, sample_figures, sheet, shown
+from train.samples import Guard, Shown, collapse, sample_figures, sheet, shown
 
 FAST = DrawOptions(num_timesteps=3, cfg_text_scale=2.0)
 
@@ -82,6 +82,18 @@ def test_collapsed_pictures_are_told() -> None:
     assert "flat: their contrast is 0.10" in collapse({**well, "contrast": 0.1}, None)[0]
     assert "noisy: their contrast is 3.00" in collapse({**well, "contrast": 3.0}, None)[0]
     assert "PSNR is 20.0 dB, it has been 24.0 dB" in collapse(well, 24.0)[0]
+
+
+def test_what_never_was_well_is_told_once_and_what_was_each_time() -> None:
+    well, flat = (
+        {"psnr": 20.0, "colour_shift": 0.0, "contrast": 1.0},
+        {"psnr": 9.0, "colour_shift": 0.0, "contrast": 0.1},
+    )
+    guard = Guard()
+    assert [bool(guard.judge("new", flat)) for _ in range(3)] == [True, False, False]
+    assert not guard.judge("new", well)
+    assert [len(guard.judge("new", flat)) for _ in range(2)] == [2, 2], "flat, and worse than it has been"
+    assert not guard.judge("other", well) and not guard.judge("new", {"text_exact": 0.0})
 
 
 def test_a_sheet_shows_every_sample() -> None:
