@@ -35,15 +35,16 @@ from train.distributed.units import ROOT, describe_units, layers, units
 from train.layers import prepare_layers, require_compiler
 
 PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
-ATTENTION = ("aten._scaled_dot_product_flash_attention_for_cpu.default",)
+ATTENTION = ("aten._softmax.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and the bytes of what they made that is still there."""
+    """Counts operations, and the bytes of what they made that is still there, views of a model's weights left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Bagel) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self._weights = {StorageWeakRef(p.untyped_storage()).cdata for p in model.parameters()}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -62,7 +63,8 @@ class Watch(TorchDispatchMode):
         return sum(self.count[name] for name in names)
 
     def kept(self) -> int:
-        return sum(size for made, size in self._made.values() if not made.expired())
+        there = (made for made in self._made.items() if made[0] not in self._weights)
+        return sum(size for _, (made, size) in there if not made.expired())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +89,10 @@ def prepared(**flags: object) -> Bagel:
 
 def cost(model: Bagel, *samples: Sample) -> Cost:
     batch = pack(list(samples), SPEC, SPECIAL)
-    with Watch() as forward:
+    with Watch(model) as forward:
         loss = scalar(model, batch)
     kept = forward.kept()
-    with Watch() as backward:
+    with Watch(model) as backward:
         loss.backward()
     return Cost(
         products=forward.of(PRODUCTS) + backward.of(PRODUCTS),
@@ -122,7 +124,7 @@ def test_what_is_run_again_and_what_is_kept() -> None:
         assert all(torch.equal(g, plain.gradients[n]) for n, g in other.gradients.items())
     assert selective.products == plain.products and selective.attentions == plain.attentions
     assert full.products > second.products > plain.products
-    assert full.attentions == 2 * plain.attentions
+    assert full.attentions > plain.attentions > 0
     assert full.kept < selective.kept < plain.kept
     assert full.kept < second.kept < plain.kept
 
