@@ -18,6 +18,15 @@ from train.distributed.sharding import local
 LARGEST = 2.0**24
 
 
+def precision_lines(args: FsdpArgs, device_type: str) -> list[str]:
+    """What is to be said at the start of precision on this device: a GPU before Ampere computes bf16 by emulation, if at all."""
+    if device_type != "cuda" or args.param_dtype != "bf16" or torch.cuda.is_bf16_supported(False):
+        return []
+    return [
+        "--param_dtype bf16: this GPU has no bf16 and emulates it, slowly; --param_dtype fp16 --reduce_dtype fp32 is for such"
+    ]
+
+
 @dataclass(slots=True, kw_only=True)
 class LossScale:
     """The scale of one run.

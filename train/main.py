@@ -45,7 +45,7 @@ from train.flops import pack_flops, peak_tflops
 from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
-from train.loss_scale import LossScale
+from train.loss_scale import LossScale, precision_lines
 from train.objective import build_objective
 from train.optim import build_optimizer
 from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale, optimizer_groups
@@ -67,7 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
         stop = StopOnSignal()
         torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
-        for line in start_up_lines(args.flat(), world.device.type):
+        for line in (
+            *start_up_lines(args.flat(), world.device.type),
+            *precision_lines(args.fsdp, world.device.type),
+        ):
             logger.info("%s", line)
         wandb = wandb_starter(args.train, args.flat())
         source = model_source(args.model)  # every configuration file; no weights yet

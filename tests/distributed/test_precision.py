@@ -19,7 +19,7 @@ from train.distributed.collectives import rank
 from train.distributed.sharding import local
 from train.distributed.units import units
 from train.loop import training_step
-from train.loss_scale import LARGEST, LossScale
+from train.loss_scale import LARGEST, LossScale, precision_lines
 from train.param_manager import freeze
 from train.report import StepReport
 
@@ -54,6 +54,15 @@ def test_the_scale_halves_grows_and_stays_where_it_is_not_needed() -> None:
         assert without.value == 1
     resumed.load(without.to_json())  # of a run in bf16
     assert resumed.value == 4
+
+
+def test_a_gpu_without_bf16_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsdp, half = build_args({}).fsdp, build_args(FP16).fsdp
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert "--param_dtype fp16" in precision_lines(fsdp, "cuda")[0]
+    assert precision_lines(fsdp, "cpu") == precision_lines(half, "cuda") == []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert precision_lines(fsdp, "cuda") == []
 
 
 def steps_in_fp16(folder: str) -> tuple[list[StepReport], list[bool], float, float, str]:
