@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.rgb_image import RgbImage, to_rgb
+from data.rgb_image import RgbImage
 from data.transforms.resize import resize
-
-__all__ = ["MAX_PIXELS", "ImageTransform", "to_rgb"]
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
 """Published default of `max_pixels`."""
