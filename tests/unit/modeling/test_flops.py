@@ -11,11 +11,14 @@ from data.packing import pack
 from data.types import Sample, Segment
 from modeling.autoencoder import AutoEncoder, AutoEncoderConfig
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.flops import FROZEN, TRAINED, PackShape, Passes, encode_flops, step_flops
+from modeling.bagel.flops import FROZEN, PASSED, TRAINED, PackShape, Passes, encode_flops, step_flops
+from modeling.build import build_model
 from modeling.ops.attention import dense_allowed
 from tests.unit.modeling.test_attention import random_layout
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, picture, text, tiny_config, tiny_model
-from train.flops import PEAK_TFLOPS, peak_tflops
+from train.config import build_args
+from train.flops import PEAK_TFLOPS, passes_of, peak_tflops
+from train.param_manager import freeze
 
 CONFIG = replace(tiny_config(), heads={})
 
@@ -96,3 +99,19 @@ def test_peaks_go_by_the_devices_name() -> None:
     assert peak_tflops("NVIDIA H200", 500.0) == 500.0
     assert peak_tflops("") == peak_tflops("some card") == 0.0
     assert all(v > 0 for v in PEAK_TFLOPS.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, Passes()),
+        ({"freeze_vit": True}, Passes(vit=FROZEN)),
+        ({"freeze_vit": True, "freeze_connector": True}, Passes(vit=FROZEN, connector=FROZEN)),
+        ({"freeze_llm": True}, Passes(und=PASSED, gen=PASSED, vocabulary=PASSED)),
+        ({"freeze_mot_und": True}, Passes(und=PASSED)),
+    ],
+)
+def test_what_is_frozen_needs_fewer_products(flags: dict[str, bool], expected: Passes) -> None:
+    model = build_model(CONFIG)
+    freeze(model, build_args(flags).params)
+    assert passes_of(model) == expected
