@@ -53,7 +53,7 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Let every module of the model that can use them do so."""
     for module in model.modules():
         if hasattr(module, "kernels"):
-            module.__dict__["kernels"] = kernels  # by its type a module's attributes are parameters and modules
+            vars(module)["kernels"] = kernels  # to the type checker its attributes are tensors and modules
 
 
 def liger_kernels(device_type: str) -> Kernels:
