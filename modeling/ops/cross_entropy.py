@@ -10,7 +10,7 @@ from torch import Tensor
 from modeling.ops.ready_gradient import ready_gradient
 from modeling.qwen2.mot import filled
 
-BLOCK_NUMBERS = 2**22
+BLOCK_NUMBERS = 3 * 2**20
 """Logits of a block, where that makes blocks of enough tokens to keep the matrix products fast."""
 MIN_TOKENS = {"cpu": 64, "cuda": 1024}
 """Fewest tokens of a block: each block reads and writes the whole gradient of the projection."""
@@ -80,4 +80,4 @@ def _by_blocks(
 def block_size(vocab: int, device_type: str) -> int:
     """Tokens of a block."""
     fewest = MIN_TOKENS.get(device_type, MIN_TOKENS["cuda"])
-    return max(fewest, BLOCK_NUMBERS // vocab // fewest * fewest)
+    return max(fewest, BLOCK_NUMBERS // vocab // 32 * 32)
