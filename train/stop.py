@@ -25,7 +25,7 @@ class StopOnSignal(Hook):
             forget_stop()
             signal.pthread_sigmask(
                 signal.SIG_UNBLOCK, STOP_SIGNALS
-            )  # `train/launch.py` starts ranks with both blocked
+            )  # `train/distributed/launch.py` starts ranks with both blocked
 
     def asks(self) -> bool:
         return self.received is not None

@@ -26,7 +26,7 @@ if [ -n "${LOG_DIR:-}" ]; then
     launcher+=(--log_dir="$LOG_DIR" --redirects=3 --tee=0:3)
 fi
 
-exec "${PYTHON:-python}" "$root/train/launch.py" "${launcher[@]}" "$root/train/main.py" \
+exec "${PYTHON:-python}" "$root/train/distributed/launch.py" "${launcher[@]}" "$root/train/main.py" \
     --dataset_config_file "${DATASET_CONFIG:?a mixture (YAML)}" \
     --model_path "${MODEL_PATH:?a model directory}" \
     --results_dir "${OUTPUT_DIR:?where the run goes}" \

@@ -16,7 +16,7 @@ from train.distributed.session import STOPPED_CODE
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 5
-LAUNCH = str(ROOT / "train" / "launch.py")
+LAUNCH = str(ROOT / "train" / "distributed" / "launch.py")
 ENTRY = """
 import sys
 import time

@@ -37,7 +37,7 @@ STOPPED_CODE = 75
 """Exit code of a run that was asked to end and can be started again (EX_TEMPFAIL of sysexits.h)."""
 
 STOPPED_FILE = "WEFT_STOPPED_FILE"
-"""Set by `train/launch.py`: where a stopped rank leaves a note instead of the code, which torchrun would take for a failure."""
+"""Set by `launch.py`: where a stopped rank leaves a note instead of the code, which torchrun would take for a failure."""
 
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -172,7 +172,7 @@ def _stopped_code() -> int:
 
 
 def forget_stop() -> None:
-    """Remove what an earlier attempt has left for `train/launch.py`: torchrun stops the ranks, too, when nodes come and go."""
+    """Remove what an earlier attempt has left for `launch.py`: torchrun stops the ranks, too, when nodes come and go."""
     if note := os.environ.get(STOPPED_FILE):
         Path(note).unlink(missing_ok=True)
 

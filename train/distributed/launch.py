@@ -1,6 +1,6 @@
 """torchrun, and to a scheduler what the ranks are to it: they get its signals, all the time they need, and it gets their code.
 
-    python train/launch.py --nproc_per_node=8 [any option of torchrun] train/main.py --auto_resume True ...
+    python train/distributed/launch.py --nproc_per_node=8 [any option of torchrun] train/main.py --auto_resume True ...
 
 torchrun by itself ends its ranks 30 seconds after a SIGTERM, dies of a SIGUSR1, and turns every exit code into 1. Here both
 signals go to the ranks, which save and stop (`train/stop.py`), and a run that stopped so ends with 75 on every node. Without a
@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any directory
 
-from torch.distributed import run  # noqa: TID251 - it starts processes
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: TID251
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.processes import STOP_SIGNALS
 from train.distributed.session import STOPPED_CODE, STOPPED_FILE
