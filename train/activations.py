@@ -13,8 +13,9 @@ the highest of these moments of a step:
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ class PeakBytes:
         logits: a block of them, and the projection's gradient.
         autoencoder: its weights, and at `encode` its feature maps.
         passing: of the layer that is on its way back.
+        host: beside all that, in host memory (`--cpu_offload`), by name; in no sum.
     """
 
     moment: str
@@ -58,6 +60,7 @@ class PeakBytes:
     logits: int = 0
     autoencoder: int = 0
     passing: int = 0
+    host: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -65,7 +68,7 @@ class PeakBytes:
 
     def parts(self) -> dict[str, int]:
         """All summands by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host")}
 
 
 def predict_peak(
@@ -93,7 +96,15 @@ def predict_peak(
     fsdp, config = args.fsdp, model.config
     _, shards = mesh_shape(fsdp, world_size)
     state = state_bytes(model, args, shards)
-    kept = {"weights": state.weights, "moments": state.moments, "averages": state.averages}
+    host: dict[str, int] = {}
+    if fsdp.cpu_offload and device_type == "cuda":  # elsewhere host memory is what a rank computes in
+        state, host = state.offloaded()
+    kept: dict[str, Any] = {
+        "weights": state.weights,
+        "moments": state.moments,
+        "averages": state.averages,
+        "host": host,
+    }
     d, summed = BYTES[fsdp.param_dtype], BYTES[fsdp.reduce_dtype]
     with as_sharded(model, args):
         found = units(model, shard_plan(config), fsdp)

@@ -7,7 +7,7 @@ Counted from the configuration alone, on the meta device: neither weights nor PE
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -26,6 +26,7 @@ class StateBytes:
         trained, frozen, few_bits: numbers of all ranks together; those in few bits are frozen too, and counted apart.
         adapters: of the trained ones, those of adapters.
         weights, gradients, moments, averages: bytes per rank. Weights in few bits are whole on every rank, all else is divided.
+        weights_few_bits: of the weights, those in few bits: they stay where the rank computes, with --cpu_offload too.
     """
 
     trained: int
@@ -36,10 +37,20 @@ class StateBytes:
     gradients: int
     moments: int
     averages: int
+    weights_few_bits: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.averages
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """All summands by name."""
+        return {name: getattr(self, name) for name in ("weights", "gradients", "moments", "averages")}
+
+    def offloaded(self) -> tuple["StateBytes", dict[str, int]]:
+        """With `--cpu_offload`: what stays on the GPU, and the parts of what lies in host memory."""
+        stays = replace(self, weights=self.weights_few_bits, gradients=0, moments=0, averages=0)
+        return stays, {name: value - stays.parts()[name] for name, value in self.parts().items()}
 
 
 def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
@@ -80,6 +91,7 @@ def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
         gradients=trained * 4 // shards,
         moments=trained * 8 // shards,
         averages=trained * 4 // shards,
+        weights_few_bits=bytes_few_bits,
     )
 
 

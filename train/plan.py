@@ -211,6 +211,11 @@ def lines(outlook: Outlook, machine: Machine, args: Args) -> list[str]:
             f"  {'no tensors':<14}{outside:>9.3f} GiB  assumed: {OUTSIDE_GIB} GiB and {SPLIT_UP:.0%} of the rest"
         )
     found.append(f"  highest at: {outlook.peak.moment} (docs/engine.md, Seeing and planning)")
+    if host := outlook.peak.host:
+        found.append(
+            f"host memory of a rank (--cpu_offload): {sum(host.values()) / GIB:.2f} GiB, every rank of a machine anew"
+        )
+        found += [f"  {name:<14}{value / GIB:>9.3f} GiB" for name, value in host.items() if value]
     if needed > room:
         found += [f"  may help: {advice}" for advice in _advice(outlook.peak, args)]
     found.append(
@@ -239,10 +244,10 @@ def _advice(peak: PeakBytes, args: Args) -> list[str]:
     """What makes the largest parts smaller."""
     known: Mapping[str, str] = {
         "activations": "--recompute True" if not args.fsdp.recompute else "a smaller --max_num_tokens",
-        "weights": "more GPUs, frozen parts in bf16 (--frozen_dtype bf16), adapters (--lora_enable True)",
+        "weights": "more GPUs, --cpu_offload True, frozen parts in bf16 (--frozen_dtype bf16), adapters (--lora_enable True)",
         "moments": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
-        "averages": "more GPUs, adapters (--lora_enable True)",
-        "gradients": "more GPUs, adapters (--lora_enable True)",
+        "averages": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
+        "gradients": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
         "gathered": "--sharding_strategy FULL_SHARD, a smaller --min_unit_params",
         "passing": "a smaller --max_num_tokens",
         "autoencoder": "smaller pictures to draw",

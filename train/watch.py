@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from train.distributed.session import World
@@ -32,7 +33,9 @@ class Norms(Hook):
         step = state.step + 1
         if step % self._every:
             return
-        groups = {group["name"]: group["params"] for group in state.optimizer.param_groups}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for group in state.optimizer.param_groups:  # with --no_decay_norm_bias two of them have one name
+            groups.setdefault(group["name"], []).extend(group["params"])
         with_gradient = {n: [p.grad for p in ps if p.grad is not None] for n, ps in groups.items()}
         found: dict[str, float] = {}
         for tag, tensors in (("gn", with_gradient), ("wn", groups)):

@@ -8,8 +8,9 @@ import torch
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.flops import PackShape
 from modeling.build import build_model
-from train.activations import decoder_layer_bytes, predict_peak, tower_layer_bytes
+from train.activations import PeakBytes, decoder_layer_bytes, predict_peak, tower_layer_bytes
 from train.config import build_args
+from train.memory import state_bytes
 from train.synthetic import SHAPES, BatchShape, Shape, changed, synthetic_pack
 
 SMALL = changed(
@@ -88,6 +89,27 @@ def test_the_peak_moves_as_it_should() -> None:
     )
     assert peak(recompute=False, tokens=4) > 2 * peak(recompute=False)
     assert peak(param_dtype="bf16", recompute=False) < peak(recompute=False)
+
+
+def test_what_is_offloaded_lies_in_host_memory() -> None:
+    shape, model = (
+        PackShape.of(synthetic_pack(SMALL.bagel, BATCHES["short texts"], seed=0)),
+        build_model(SMALL.bagel),
+    )
+
+    def peak(device_type: str, *, cpu_offload: bool) -> PeakBytes:
+        args = build_args({"cpu_offload": cpu_offload})
+        return predict_peak(model, args, shape, SMALL.autoencoder, world_size=2, device_type=device_type)
+
+    state = state_bytes(model, build_args({}), 2)
+    on, off = peak("cuda", cpu_offload=True), peak("cuda", cpu_offload=False)
+    assert (
+        sum(on.host.values()) == state.total and on.weights == on.gradients == on.moments == on.averages == 0
+    )
+    # The highest moment may be another one; what comes and goes is at most as much.
+    assert on.total <= off.total - state.weights - state.moments - state.averages and not off.host
+    on_cpu = peak("cpu", cpu_offload=True)
+    assert on_cpu == peak("cpu", cpu_offload=False) and not on_cpu.host
 
 
 @pytest.mark.parametrize(

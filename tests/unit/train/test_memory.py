@@ -45,6 +45,9 @@ def test_counted_as_built(base: Path, tmp_path: Path, case: str) -> None:
     assert found.moments == sum(x.nbytes for x in moments)
     assert found.averages == sum(x.nbytes for x in state.ema.averages.values())
     assert state_bytes(build_model(read_source(base).config), args, shards=2).moments == found.moments // 2
+    stays, host = found.offloaded()
+    assert stays.total == sum(x.nbytes for x in parameters if x.dtype in (torch.uint8, torch.int8)) + scales
+    assert stays.total + sum(host.values()) == found.total
 
 
 def test_sharding_does_not_see_matrices_in_few_bits(base: Path, tmp_path: Path) -> None:

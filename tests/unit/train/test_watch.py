@@ -61,6 +61,18 @@ def test_norms_are_those_of_each_group() -> None:
     assert found["wn/vit"] == pytest.approx(float(tower.norm()), rel=1e-6)
 
 
+def test_a_group_whose_biases_do_not_decay_is_one_group() -> None:
+    def norms(**flags: object) -> dict[str, float]:
+        state, told = build(toy_args(**flags), sharded=False), Told()
+        inputs, targets = rows(5)
+        (state.model(inputs).boxes - targets).square().mean().backward()
+        Norms(told, every=1).before_update(state)  # type: ignore[arg-type]
+        return told.values[1]
+
+    apart = norms(no_decay_norm_bias=True)
+    assert apart == pytest.approx(norms(), rel=1e-6) and len(apart) == 6
+
+
 @pytest.mark.parametrize("last_step", [3, 2], ids=["to its end", "cut short"])
 def test_a_profile_of_the_steps_asked_for(tmp_path: Path, last_step: int) -> None:
     world = World(rank=1, local_rank=0, size=2, device=torch.device("cpu"))
