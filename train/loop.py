@@ -160,7 +160,7 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
 
     each: list[Tensor] = []
     for i, pack in enumerate(packs):
-        sync_gradients(state.model, on=i == accumulation - 1)
+        sync_gradients(state.model, run.args.fsdp, last=i == accumulation - 1)
         each.append(_forward_backward(run, state, pack, divisor[i]))
     parameters = trained_parameters(state.optimizer)
     state.loss_scale.unscale(parameters)

@@ -1,5 +1,8 @@
 """Sharded training is single-process training: same gradients, whatever the strategy, ranks and accumulation."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,7 +35,7 @@ def gradients(flags: dict[str, object], accumulate: int) -> tuple[dict[str, Tens
     cuts = torch.split(torch.arange(NUM_ROWS), PIECES)
     own = cuts[rank() * accumulate : (rank() + 1) * accumulate]
     for i, cut in enumerate(own):
-        sync_gradients(model, i == len(own) - 1)
+        sync_gradients(model, args.fsdp, last=i == len(own) - 1)
         ((model(x[cut]).boxes - y[cut]).square().sum() / NUM_ROWS).backward()
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     grads = full_tensors((n, p.grad) for n, p in trained)
@@ -53,6 +56,7 @@ CASES = [
     (2, 2, {"sharding_strategy": "NO_SHARD"}),
     (2, 2, {"sharding_strategy": "FULL_SHARD", "cpu_offload": True}),
     (1, 4, {"sharding_strategy": "HYBRID_SHARD"}),
+    (2, 2, {"sharding_strategy": "HYBRID_SHARD", "num_replicate": 2}),
     (4, 1, {"sharding_strategy": "HYBRID_SHARD", "num_replicate": 2}),
 ]
 
@@ -69,6 +73,60 @@ def test_gradients_are_those_of_one_process(
     expected_norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
     assert norm == pytest.approx(expected_norm, rel=1e-6)
     assert all(other_norm == norm for _, other_norm in others)
+
+
+BF16 = {"param_dtype": "bf16", "reduce_dtype": "bf16"}
+SHARDED_WAYS: tuple[dict[str, object], ...] = (
+    {"sharding_strategy": "FULL_SHARD"},
+    {"sharding_strategy": "SHARD_GRAD_OP"},
+    {"sharding_strategy": "HYBRID_SHARD", "num_replicate": 2},
+    {"sharding_strategy": "NO_SHARD"},
+)
+
+
+def accumulated_in_bf16(
+    ways: Sequence[dict[str, object]],
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor], bool]]:
+    """For each way: the gradient of four micro-batches, the float32 sum of their gradients one by one, and whether anything but
+    float32 pieces was kept between them.
+    """
+    x, y = (part.chunk(world_size())[rank()].chunk(4) for part in rows(4 * NUM_ROWS))
+    results = []
+    for way in ways:
+        args = toy_args(**BF16, **way)
+        model = build(args).model
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+        def backward(i: int, *, last: bool, model: Any = model, args: Any = args) -> None:
+            sync_gradients(model, args.fsdp, last=last)
+            (model(x[i]).boxes - y[i]).square().sum().backward()
+
+        one_by_one: dict[str, Tensor] = {}
+        for i in range(4):
+            backward(i, last=True)
+            for name, grad in full_tensors((n, p.grad) for n, p in trained).items():
+                one_by_one[name] = one_by_one.get(name, 0.0) + grad
+            model.zero_grad(set_to_none=True)
+        kept_whole = False
+        for i in range(4):
+            backward(i, last=i == 3)
+            # Between micro-batches there is a gradient of the pieces, in float32, and only that.
+            kept_whole |= any(p.grad is None or p.grad.dtype != torch.float32 for _, p in trained)
+        results.append((full_tensors((n, p.grad) for n, p in trained), one_by_one, kept_whole))
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_micro_batches_in_bf16_are_added_up_in_float32_and_in_pieces(num_ranks: int) -> None:
+    ways = SHARDED_WAYS if num_ranks > 1 else SHARDED_WAYS[:1]
+    for way, (found, expected, kept_whole) in zip(
+        ways, run_distributed(accumulated_in_bf16, num_ranks, ways)[0], strict=True
+    ):
+        assert not kept_whole, way
+        for name, grad in found.items():
+            assert torch.equal(grad, expected[name]), (way, name)
+        # Each is a sum that bf16 has no number for: rounded after all, it would not be equal.
+        assert any(not torch.equal(x, x.bfloat16().float()) for x in found.values())
 
 
 def three_steps(flags: dict[str, object]) -> dict[str, Tensor]:

@@ -146,10 +146,16 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next backward sums gradients over ranks: off for all but the last micro-batch of a step."""
+def sync_gradients(model: nn.Module, args: FsdpArgs, *, last: bool) -> None:
+    """Say before each backward whether it is the last of the step.
+
+    Every micro-batch's gradients are summed over the shards at once and added up in float32 there: no rank ever keeps the whole
+    model's gradient. Between replicas they are summed once a step, with the last micro-batch. Until then they wait in the type of
+    sums, so that holds for float32 sums only: in another type the micro-batches would be added up with its rounding, and are
+    summed one by one instead.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+        model.set_requires_all_reduce(last or args.reduce_dtype != "fp32")
 
 
 def regather(model: nn.Module) -> None:
