@@ -1,7 +1,8 @@
 """Validating while training: losses of held-out packs, and a few samples that the model answers and draws.
 
 In: the groups under `val:` (or of `--val_dataset_config_file`). Out, each `--val_every` steps: figures named `val/…` for
-TensorBoard, `val_log.jsonl` and whoever listens (keep-best); `samples/NNNNNNN/` with a sheet per group and all answers.
+TensorBoard, `val_log.jsonl` and whoever listens (keep-best); each `--val_samples_every`-th time, `samples/NNNNNNN/` with a sheet
+per group and all answers.
 
 The losses are computed by what trains: the same packer, layout, attention and losses (`train.loop.forward`), without gradient,
 and without dropout of conditions. Which packs they are depends on the groups, the budget of a pack and `--val_steps` alone: the
@@ -107,12 +108,18 @@ class Validation(Hook):
         begun = time.perf_counter()
         with self._run.clock.phase(VALIDATION), self._weights(state):
             figures = self.losses(state)
-            figures |= self.samples(state)
+            if self._shows(state.step):
+                figures |= self.samples(state)
         figures["val/seconds"] = time.perf_counter() - begun
         self._run.clock.read()  # weights that were gathered here are no part of the next step's time
         self._reporter.validation(state.step, figures)
         for listener in self._listeners:
             listener(state.step, figures)
+
+    def _shows(self, step: int) -> bool:
+        """Whether the validation after `step` updates has samples: the step alone decides, so a resumed run has the same."""
+        every = self._args.val_samples_every
+        return bool(every) and (step >= self._total_steps or step // self._args.val_every % every == 0)
 
     @contextmanager
     def _weights(self, state: TrainState) -> Iterator[None]:

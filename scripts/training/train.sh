@@ -7,13 +7,13 @@
 # NODE_COUNT    machines [1]; MIN:MAX lets machines come and go (docs/engine.md)
 # MASTER_ADDR   a machine that all of them reach, the same for all [localhost]; MASTER_PORT a free port there [29500]
 # RUN_ID        a name that the machines of one run share [weft]; MAX_RESTARTS how often torchrun starts failed ranks again [0]
+# OMP_NUM_THREADS  threads of a rank [beside GPUs, the cores that a rank has; without, as torchrun: one if there are several]
 # LOG_DIR       writes what each rank prints into a file of its own there
 # PYTHON        [python]
 #
 # Flags that are given win over the variables. A run that was asked to stop ends with 75: the same line goes on with it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 launcher=(--nproc_per_node="${NUM_GPUS:-gpu}" --max_restarts="${MAX_RESTARTS:-0}")
 if [ "${NODE_COUNT:-1}" = 1 ]; then

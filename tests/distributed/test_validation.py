@@ -38,7 +38,9 @@ from train.report import Reporter
 from train.validation import Validation, own_packs, validation_plan
 
 STEPS = 3
-FLAGS = {"val_every": 2, "val_steps": 6, "val_samples": 1, "val_num_timesteps": 2, "val_max_new_tokens": 2}
+FLAGS = {
+    "val_every": 2, "val_steps": 6, "val_samples": 1, "val_samples_every": 1, "val_num_timesteps": 2, "val_max_new_tokens": 2,
+}  # fmt: skip
 
 
 class Made(TaskDataset):
@@ -197,6 +199,15 @@ def test_two_ranks_validate_as_one_process_and_leave_no_trace(tmp_path: Path) ->
     assert [line.pop("step") for line in lines] == [2, 3] and lines[0] == mine.figures[2]
     sheets = sorted(p.name for p in (tmp_path / "validated" / "samples" / "0000002").iterdir())
     assert sheets == ["answers.json", "perception.png", "pictures.png"]
+
+
+@pytest.mark.parametrize(("every", "drawn"), [(2, [2, 3]), (3, [3]), (0, [])])
+def test_samples_of_every_so_many_validations_and_of_the_last(
+    tmp_path: Path, every: int, drawn: list[int]
+) -> None:
+    run = train(str(tmp_path), sharded=False, val_every=1, val_samples_every=every)
+    assert sorted(run.figures) == [1, 2, 3]
+    assert [step for step, figures in sorted(run.figures.items()) if "val/psnr" in figures] == drawn
 
 
 def test_the_average_is_what_is_validated(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_what_is_seen_of_a_run(quickstart: Quickstart, tmp_path: Path) -> None:
     done = run_trainer(
         tmp_path, dataset_config_file=with_validation(quickstart, tmp_path / "mixture.yaml"), model_path=quickstart.model,
         results_dir="out", num_workers=0, enable_tensorboard=True, norms_every=1, profile_steps="2:3", keep_best="val/ce",
-        val_every=1, val_steps=2, val_samples=1, val_num_timesteps=2, val_max_new_tokens=2,
+        val_every=1, val_steps=2, val_samples=1, val_samples_every=1, val_num_timesteps=2, val_max_new_tokens=2,
     )  # fmt: skip
     assert done.code == 0, done.output
     out = tmp_path / "out"

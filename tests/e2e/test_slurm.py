@@ -55,10 +55,12 @@ def job(folder: Path, quickstart: Quickstart, nodes: int, steps: int) -> subproc
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_NNODES": str(nodes),
+        "SLURM_CPUS_ON_NODE": "2",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "MASTER_PORT": str(free_port()),
         "PYTHON": sys.executable,
         "NUM_GPUS": "1",
+        "OMP_NUM_THREADS": "1",
         "DATASET_CONFIG": str(quickstart.mixture),
         "MODEL_PATH": str(quickstart.model),
         "OUTPUT_DIR": str(folder / "run"),
@@ -83,6 +85,34 @@ def ended(process: subprocess.Popen[str], limit_s: float) -> str:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("asked", "given"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "96")])
+def test_ranks_have_the_cores_of_the_job(tmp_path: Path, asked: dict[str, str], given: str) -> None:
+    for name, text in (
+        ("srun", '#!/usr/bin/env bash\necho "cores: $SRUN_CPUS_PER_TASK"\n'),
+        ("scontrol", SCONTROL),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm" / "train.sbatch")],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SCONTROL_CALLS": str(tmp_path / "calls.txt"),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "node[0-1]",
+            "SLURM_NNODES": "2",
+            "SLURM_CPUS_ON_NODE": "96",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "OUTPUT_DIR": str(tmp_path / "run"),
+            **asked,
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, f"cores: {given}\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -26,6 +26,11 @@ class ValidationArgs:
     val_samples: int = flag(
         4, "Samples per group that are answered and drawn into --results_dir/samples and TensorBoard.", low=0
     )
+    val_samples_every: int = flag(
+        10,
+        "Validations from one sheet of samples to the next; the last one always has one. 0: no samples.",
+        low=0,
+    )
     val_num_timesteps: int = flag(
         25, "Of these samples: times that a picture is drawn at, both ends counted.", low=2
     )
