@@ -133,7 +133,7 @@ def _write_weights(
     job: ModelDirectory, plan: Sequence[FilePlan], read: Callable[[str], Tensor]
 ) -> dict[str, Written]:
     """One kind of weights; every rank must call. What was written is known to rank 0."""
-    tensors = ((name, read(name)) for part in plan for name in part.entries)
+    tensors = ((name, _at_once(read(name))) for part in plan for name in part.entries)
     written: dict[str, Written] = {}
     failure: OSError | None = None
     if rank() == 0:
@@ -148,6 +148,17 @@ def _write_weights(
             pass
     on_main(lambda: _require_no_failure(job, failure))
     return written
+
+
+def _at_once(x: Tensor) -> Tensor:
+    """Wait until a tensor is there.
+
+    NCCL only queues a gather: the ranks that do not write would queue many of them while rank 0 writes, and `--dist_timeout_s`
+    counts from when a gather is queued.
+    """
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return x
 
 
 def require_replaceable(target: Path) -> None:
