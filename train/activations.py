@@ -119,10 +119,11 @@ def predict_peak(
     vocabulary = config.llm.vocab_size * config.llm.hidden_size
     rows = min(block_size(config.llm.vocab_size, device_type), _filled(shape.labels, device_type))
     logits = rows * config.llm.vocab_size * (4 + d) if shape.labels else 0
-    # Summed in float32; in another type, a copy of it is what stays.
+    # Summed in float32; in bf16, a copy of it is what stays.
     learns = bool(shape.labels) and model.language_model.lm_head.weight.requires_grad
     ready = vocabulary * (4 if d == 4 else 4 + d) if learns else 0
-    projection = vocabulary * d if learns else 0
+    # In fp16 the float32 sum stays until it is scaled, and then a copy of it.
+    projection = vocabulary * (4 + d if fsdp.param_dtype == "fp16" else d) if learns else 0
     stacks = _stacks(config, shape, args, device_type)
     ae = 4 * _parameters(autoencoder)
     accumulated = state.gradients if args.train.gradient_accumulation_steps > 1 else 0

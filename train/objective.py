@@ -74,8 +74,9 @@ class Objective:
             terms: of this pack.
             divisor: `k`, its row of `divisors`; a term with a divisor of 0 adds nothing.
         """
+        # With fp16 the scaled factor goes back through the model: a stand-in for 0 would make it infinite.
         parts = [
-            self.weights[term.name] * term.total / max(count, 1e-12)
+            term.total * (self.weights[term.name] / count if count else 0.0)
             for term, count in zip(terms, divisor.tolist(), strict=True)
         ]
         return torch.stack([p.float() for p in parts]).sum()

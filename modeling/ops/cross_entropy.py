@@ -50,7 +50,9 @@ def _by_blocks(
     size, count = block_size(len(weight), states.device.type), len(states)
     states, labels, amount = filled(states), filled(labels), filled(amount)
     nll = torch.empty(len(states), device=states.device)
-    d_states = torch.empty_like(states) if passes_on else states.new_empty(0)
+    d_states = torch.empty(
+        states.shape if passes_on else (0,), dtype=_kept(states.dtype), device=states.device
+    )
     # Summed in float32 over the blocks, whatever the type of the weights.
     d_weight = torch.zeros(weight.shape if learns else (0,), device=weight.device)
     whole = torch.empty(min(size, len(states)), len(weight), dtype=weight.dtype, device=weight.device)
@@ -74,7 +76,12 @@ def _by_blocks(
             d_weight.addmm_(gradient.T, x)
         elif learns:
             d_weight += gradient.T @ x
-    return nll[:count], d_states[:count], d_weight.to(weight.dtype)
+    return nll[:count], d_states[:count], d_weight.to(_kept(weight.dtype))
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """In which type a gradient waits for its scale: sums over tokens, not divided by their number, may be beyond fp16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def block_size(vocab: int, device_type: str) -> int:

@@ -11,7 +11,7 @@ def ready_gradient(x: Tensor, gradient: Tensor, *, keep: bool) -> Tensor:
 
     Args:
         x: any shape.
-        gradient: the loss's gradient in `x`: its shape and type.
+        gradient: the loss's gradient in `x`: its shape, and its type or float32, which becomes the type of `x` once it is scaled.
         keep: leave the gradient as it is, for further backward passes; else it is scaled in place and given away, which saves
             its size in memory, and a second backward pass is an error.
 
@@ -25,14 +25,14 @@ def ready_gradient(x: Tensor, gradient: Tensor, *, keep: bool) -> Tensor:
 class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor, keep: bool) -> Tensor:
-        ctx.gradient, ctx.keep = gradient, keep
+        ctx.gradient, ctx.keep, ctx.dtype = gradient, keep, x.dtype
         return torch.zeros((), device=x.device)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         if ctx.keep:
-            return ctx.gradient * scale.to(ctx.gradient.dtype), None, None
+            return (ctx.gradient * scale.to(ctx.gradient.dtype)).to(ctx.dtype), None, None
         if ctx.gradient is None:
             raise RuntimeError("a second backward pass through a gradient that the first one gave away")
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale), None, None
+        return gradient.mul_(scale).to(ctx.dtype), None, None

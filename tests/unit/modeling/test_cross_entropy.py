@@ -54,6 +54,25 @@ def test_bfloat16_is_rounded_no_more_than_with_all_logits() -> None:
         assert (y.grad - x.grad).norm() < 1.5 * (z.grad - x.grad).norm()
 
 
+def test_in_float16_sums_over_tokens_and_large_scales_stay_finite() -> None:
+    """What all tokens together do to a word is beyond float16, and so may be the loss's scale."""
+    count, scale = 4096, 2.0**18
+    states = torch.full((count, 8), 64.0, dtype=torch.float16).requires_grad_()
+    weight = torch.zeros(2, 8, dtype=torch.float16).requires_grad_()
+    labels, amount = torch.zeros(count, dtype=torch.int64), torch.ones(count)
+    total, _ = linear_cross_entropy(states, weight, labels, amount)
+    (total * (1 / count)).backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float16
+    torch.testing.assert_close(weight.grad, torch.tensor([[-32.0], [32.0]]).half().expand(2, 8))
+
+    states = torch.zeros(1, 8, dtype=torch.float16).requires_grad_()
+    weight = torch.full((2, 8), 2.0**-6).mul_(torch.tensor([[1.0], [-1.0]])).half()
+    total, _ = linear_cross_entropy(states, weight, labels[:1], amount[:1])
+    (total * scale).backward()
+    assert states.grad is not None and states.grad.dtype == torch.float16
+    torch.testing.assert_close(states.grad, torch.full((1, 8), -(2.0**12)).half())
+
+
 def test_extreme_logits_stay_finite() -> None:
     states, weight, labels, amount = inputs(5)
     total, nll = linear_cross_entropy(states * 1e4, weight, labels, amount)

@@ -2,7 +2,8 @@
 
 import torch
 
-from train.objective import divisors
+from modeling.types import LossTerm, Things
+from train.objective import Objective, divisors
 
 COUNTS = torch.tensor([[30.0, 4.0], [10.0, 0.0]], dtype=torch.float64)
 """Of two micro-batches and two losses, over all ranks."""
@@ -22,3 +23,14 @@ def test_as_published_the_micro_batches_means_are_averaged() -> None:
 
 def test_one_micro_batch_is_divided_the_same_either_way() -> None:
     assert torch.equal(divisors(COUNTS[:1], "step"), divisors(COUNTS[:1], "micro_batch"))
+
+
+def test_a_loss_that_a_step_has_nothing_of_sends_back_exactly_nothing() -> None:
+    """Also in float16, where a huge factor would be infinite, and infinity times 0 not a number."""
+    total = torch.zeros((), requires_grad=True)
+    term = LossTerm(
+        name="ce", total=total.half().float(), each=torch.zeros(0), things=Things.alike(torch.zeros(0))
+    )
+    scaled = Objective({"ce": 1.0}).scalar((term,), torch.tensor([0.0])) * 65536.0
+    scaled.backward()
+    assert scaled.item() == 0.0 and total.grad is not None and total.grad.item() == 0.0
