@@ -25,30 +25,22 @@ from data.types import PackedBatch, Reject
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, starting_values, stored_values, weights_kind
-from modeling.ops.attention_backends import usable_backend
-from modeling.ops.kernels import liger_kernels, use_kernels
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
+from train.assemble import build_run, build_state, prepare_model
 from train.checkpoint import Checkpoints, SaveInBackground, Start
-from train.clock import COMMUNICATION, Clock
 from train.config import parse_args
 from train.curves import GradientShares, LossesBySource
-from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
-from train.distributed.sharding import DTYPES, materialise, shard_model, time_collectives
+from train.distributed.sharding import DTYPES
 from train.distributed.units import describe_units
-from train.ema import Ema
-from train.flops import pack_flops, peak_tflops
 from train.hooks import Hook, closing_all
 from train.journal import Journal
 from train.loop import Run, train
-from train.loss_scale import LossScale, precision_lines
-from train.objective import build_objective
-from train.optim import build_optimizer
-from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale, optimizer_groups
+from train.loss_scale import precision_lines
+from train.param_manager import describe, freeze, frozen_stay, keep_frozen_in, lr_scale
 from train.published import start_up_lines
 from train.report import Reporter, wandb_starter
 from train.source import model_source
@@ -87,16 +79,10 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(
             for_training(source.config, args, (*groups, *val_groups))
         )  # meta device, plain modules
-        model.attention = usable_backend(args.fsdp.backend(world.device.type), world.device.type)
-        if args.fsdp.liger:
-            use_kernels(model, liger_kernels(world.device.type))
         _require_vocabulary(model, tokenizer)
         base = first_values(args, source, model, start if tuning.reads_start else None)
-        tuning.attach(model, world.device.type)
-        freeze(model, args.params, args.optim.lr)
-        keep_frozen_in(model, DTYPES[args.params.frozen_dtype])
+        prepare_model(model, args, world.device.type, tuning.attach)
         values, scale = tuning.values(base), lr_scale(args.params, args.tokens_per_step(world.size))
-        mesh = build_mesh(args.fsdp, world.size, world.device.type)
         vae = load_autoencoder(source.vae_path, world.device)
         if args.params.print_param_details:
             still = {**tuning.beside(), "vae": (sum(p.numel() for p in vae.parameters()), "frozen")}
@@ -104,14 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = StreamPlan.from_flags(args.data, groups, model.config.layout, tokenizer.special)
         if args.train.validate_only:
             return validate(model, plan, val_groups, args.fsdp, world)
-        shard_model(model, shard_plan(model.config), mesh, args.fsdp)  # the only line that distributes
-        materialise(model, args.fsdp.home(str(world.device)), values)
-        tuning.complete(model, values, world.device)
-
-        optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr, scale), args.optim)
-        ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
-        loss_scale = LossScale.build(args.fsdp)
-        state = TrainState.create(model, optimizer, ema, args.data.num_lanes, demands(groups), loss_scale)
+        # The only line that distributes.
+        state = build_state(model, args, world, values, complete=tuning.complete, demands=demands(groups))
         state.unstored, checkpoints.beside = tuning.unstored, tuning.snapshot
         if start is not None and not start.published:
             checkpoints.restore(state, start)
@@ -120,22 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         journal = Journal(
             results_dir, world, steps_done=state.step, plan=plan, specs=specs, tokenizer=tokenizer
         )
-        encoder = LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb)
-        clock = Clock(world.device)
-        time_collectives(model, clock.phase, COMMUNICATION)
-        run = Run(
-            args=args,
-            world=world,
-            objective=build_objective(
-                args.loss, args.pictures, model.config.heads, vae, model.config.latent_patch_size
-            ),
-            encoder=encoder,
-            journal=journal.step,
-            group_sizes={g.name: len(g.source) for g in groups},
-            flops=pack_flops(model, encoder),
-            peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
-            clock=clock,
-        )
+        sizes = {g.name: len(g.source) for g in groups}
+        run = build_run(model, args, world, vae, journal=journal.step, group_sizes=sizes)
         batches = open_loader(args, plan, world, state)
         with (
             Reporter(

@@ -24,25 +24,14 @@ import torch
 
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.flops import PackShape
-from modeling.bagel.latents import LatentEncoder
-from modeling.bagel.shard_plan import shard_plan
 from modeling.build import build_model, initial_values
-from modeling.ops.attention_backends import usable_backend
 from train.activations import predict_peak
 from train.args import Args
-from train.clock import COMMUNICATION, Clock
+from train.assemble import build_run, build_state, prepare_model
 from train.config import parse_args
-from train.distributed.mesh import build_mesh
 from train.distributed.session import World, run_entry, session
-from train.distributed.sharding import materialise, shard_model, time_collectives
-from train.ema import Ema
-from train.flops import pack_flops, peak_tflops
 from train.host_memory import peak_mib, reset_peak, resident_mib
 from train.loop import Run, training_step
-from train.loss_scale import LossScale
-from train.objective import build_objective
-from train.optim import build_optimizer
-from train.param_manager import freeze, optimizer_groups
 from train.report import StepReport, window_means
 from train.state import TrainState
 from train.synthetic import SHAPES, BatchShape, Shape, changed, synthetic_pack
@@ -116,7 +105,7 @@ def measure(
     reports = train_steps(args, shape, batch, world, warm_up + steps)[warm_up:]
     peak = torch.cuda.max_memory_allocated(world.device) / MIB if on_gpu else peak_mib() - baseline
     plain = build_model(shape.bagel)
-    plain.attention = run_attention(args, world)
+    prepare_model(plain, args, world.device.type)
     sizes = PackShape.of(synthetic_pack(shape.bagel, batch, seed=0))
     predicted = predict_peak(
         plain, args, sizes, shape.autoencoder, world_size=world.size, device_type=world.device.type
@@ -140,44 +129,13 @@ def train_steps(args: Args, shape: Shape, batch: BatchShape, world: World, steps
     return [report for report in reports if report is not None]
 
 
-def run_attention(args: Args, world: World) -> str:
-    """The way that attention is computed in."""
-    return usable_backend(args.fsdp.backend(world.device.type), world.device.type)
-
-
 def build(args: Args, shape: Shape, world: World) -> tuple[Run, TrainState]:
-    """A run without data, as `train/main.py` builds one with."""
+    """A run without data, with random weights."""
     model = build_model(shape.bagel)
-    model.attention = run_attention(args, world)
-    freeze(model, args.params, args.optim.lr)
-    mesh = build_mesh(args.fsdp, world.size, world.device.type)
+    prepare_model(model, args, world.device.type)
     vae = AutoEncoder(shape.autoencoder).to(world.device).eval().requires_grad_(False)
-    shard_model(model, shard_plan(model.config), mesh, args.fsdp)
-    materialise(model, args.fsdp.home(str(world.device)), initial_values(shape.bagel, args.train.global_seed))
-    optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
-    state = TrainState.create(
-        model,
-        optimizer,
-        Ema(model, args.optim.ema),
-        args.data.num_lanes,
-        loss_scale=LossScale.build(args.fsdp),
-    )
-    encoder = LatentEncoder(vae, model.config.latent_patch_size, args.data.latent_cache_mb)
-    clock = Clock(world.device)
-    time_collectives(model, clock.phase, COMMUNICATION)
-    run = Run(
-        args=args,
-        world=world,
-        objective=build_objective(
-            args.loss, args.pictures, model.config.heads, vae, model.config.latent_patch_size
-        ),
-        encoder=encoder,
-        journal=lambda step, packs: None,
-        group_sizes={},
-        flops=pack_flops(model, encoder),
-        peak_tflops=peak_tflops(world.device_name, args.train.peak_device_tflops),
-        clock=clock,
-    )
+    state = build_state(model, args, world, initial_values(shape.bagel, args.train.global_seed))
+    run = build_run(model, args, world, vae, journal=lambda step, packs: None, group_sizes={})
     return run, state
 
 
