@@ -15,7 +15,9 @@ import math
 import os
 import re
 import shutil
+import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from train.distributed.dcp import (
     write_index,
     write_pieces,
 )
-from train.files import describe_file, discard, sync_directory, write_json
+from train.files import describe_file, discard, put_in_place, sync_directory, write_json
 from train.hooks import Hook
 from train.report import StepReport
 from train.state import TrainState
@@ -44,7 +46,9 @@ from train.state import TrainState
 logger = logging.getLogger(__name__)
 
 STEP_NAME = re.compile(r"\d{7,}")
-LEFTOVER_NAME = re.compile(r"\d{7,}\.(tmp|old)")
+LEFTOVER_NAME = re.compile(r"\d{7,}\.(tmp|old|weft_old)")
+SHARED_WITHIN_S = 60.0
+"""So long a network's file system may take to show a new file to other nodes."""
 MANIFEST, DATA, ARGS, TENSORS, BEST = "manifest.json", "data.json", "args.json", "state", "best.json"
 PUBLISHED_WEIGHTS = (
     "model.safetensors",
@@ -137,18 +141,25 @@ class Checkpoints:
             None if there is no checkpoint to start from: take `--model_path`.
 
         Raises:
-            ValueError: on every rank, if the directory cannot be written, what was asked for is not there, or the run would mix
-                its checkpoints with those of another.
+            ValueError: on every rank, if the directory cannot be written or is not the same one for every rank, what was asked
+                for is not there, or the run would mix its checkpoints with those of another.
         """
-        return on_main(lambda: self._open(args))
+        start = on_main(lambda: self._open(args))
+        self._require_shared()
+        self._open_group()
+        return start
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Say how good the model is at present: losses of the step, or what validation found.
 
-        The next checkpoint bears the mean of what was noted since the one before. Only rank 0's figures count.
+        The next checkpoint bears, of what was noted since the one before, the mean over the steps, and the newest of what
+        validation found (`val/…`), which is nearest to the weights that are saved. Only finite values count, and rank 0's.
         """
         for name, value in figures.items():
-            self._figures[name].append(float(value))
+            if name.startswith("val/"):
+                self._figures.pop(name, None)
+            if math.isfinite(value):
+                self._figures[name].append(float(value))
 
     def save(self, state: TrainState) -> Path:
         """Write the present step; every rank must call. Waits for the save before.
@@ -163,8 +174,7 @@ class Checkpoints:
         """
         self.finish()
         tensors, progress, now = state.tensors(), state.progress(), present()
-        if self.asynchronous and self._group is None:
-            self._group = background_group(self.timeout_s)
+        self._open_group()
         figures = {name: sum(values) / len(values) for name, values in self._figures.items()}
         self._figures.clear()
         step, final = state.step, self.directory / f"{state.step:07d}"
@@ -230,9 +240,11 @@ class Checkpoints:
 
     def _open(self, args: CheckpointArgs) -> Start | None:
         self._require_writable()
-        for path in self.directory.iterdir():
-            if LEFTOVER_NAME.fullmatch(path.name):  # of a run that was killed while it saved or deleted
-                shutil.rmtree(path)
+        for path in self.directory.glob(
+            "*.weft_old"
+        ):  # put aside by a run that was killed before the new one stood there
+            if LEFTOVER_NAME.fullmatch(path.name) and not path.with_suffix("").exists():
+                os.rename(path, path.with_suffix(""))
         start = self._choose_start(args)
         done = 0
         if start is not None and not start.weights_only:
@@ -250,6 +262,9 @@ class Checkpoints:
                 f"{self.directory}: holds checkpoints of an earlier run up to step {int(later[-1])}; {advice}, or choose another "
                 "--results_dir or --checkpoint_dir"
             )
+        for path in self.directory.iterdir():
+            if LEFTOVER_NAME.fullmatch(path.name):  # of a run that was killed while it saved or deleted
+                shutil.rmtree(path)
         return start
 
     def _choose_start(self, args: CheckpointArgs) -> Start | None:
@@ -295,6 +310,33 @@ class Checkpoints:
                 f"{self.directory}: cannot write here ({error.strerror}); choose another --results_dir or --checkpoint_dir"
             ) from error
 
+    def _require_shared(self) -> None:
+        """Every rank writes its share into the same directory; on several nodes that takes a file system they share."""
+        if world_size() == 1:
+            return
+        probe = self.directory / on_main(self._leave_probe)
+        until = time.monotonic() + SHARED_WITHIN_S
+        while not (is_seen := os.path.exists(probe)) and time.monotonic() < until:
+            time.sleep(0.1)
+        places = gather_objects("" if is_seen else f"rank {rank()} on {socket.gethostname()}")
+        on_main(probe.unlink)
+        if blind := [place for place in places if place]:
+            others = f" and {len(blind) - 1} more" if blind[1:] else ""
+            raise ValueError(
+                f"{self.directory}: what rank 0 writes there is not seen by {blind[0]}{others}; "
+                "--results_dir (or --checkpoint_dir) has to be on a file system that all nodes share"
+            )
+
+    def _leave_probe(self) -> str:
+        name = f".shared_test_{os.getpid()}_{time.time_ns()}"
+        (self.directory / name).touch()
+        return name
+
+    def _open_group(self) -> None:
+        """For the writing threads. Made when the run begins: what a node cannot open shows then, not hours later."""
+        if self.asynchronous and self._group is None:
+            self._group = background_group(self.timeout_s)
+
     def _write(
         self,
         final: Path,
@@ -312,7 +354,10 @@ class Checkpoints:
         try:
             share = take()
         except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: it has to tell them
-            failure = f"{draft}: rank {rank()} cannot copy its share aside: {type(error).__name__}: {error}"
+            advice = "; --async_checkpoint False saves without a copy" if self.asynchronous else ""
+            failure = (
+                f"{draft}: rank {rank()} cannot copy its share aside: {type(error).__name__}: {error}{advice}"
+            )
         on_main(lambda: _begin(draft), self._group)
         try:
             if share:
@@ -342,10 +387,7 @@ class Checkpoints:
         sync_directory(draft / TENSORS)
         write_json(draft / MANIFEST, {**manifest, "files": _describe_files(draft)})
         sync_directory(draft)
-        if final.exists():  # only a damaged one: `open` refuses to run beside whole ones
-            discard(final)
-        os.rename(draft, final)
-        sync_directory(self.directory)
+        put_in_place(draft, final)
         logger.info("saved %s", final)
         best = self._best(manifest["figures"])
         if self.max_checkpoints:

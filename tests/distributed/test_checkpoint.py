@@ -306,14 +306,19 @@ def test_the_best_step_is_kept_besides_the_newest(tmp_path: Path, caplog: pytest
         Checkpoints(tmp_path / mode, 2, keep_best="val/ce", best_is_highest=mode == "max")
         for mode in ("min", "max")
     )
-    # Step 2 has a mean of 2, step 4 none, step 6 is not finite.
-    figures = {1: [5.0], 2: [1.0, 3.0], 3: [4.0], 4: [], 5: [3.0], 6: [math.nan]}
+    # Step 2 was validated twice: the newest counts. Step 4 has none, step 6 ends with one that is not finite.
+    figures = {1: [5.0], 2: [1.0, 2.0], 3: [4.0], 4: [], 5: [3.0], 6: [1.0, math.nan]}
     for step, values in figures.items():
         state.step = step
         for checkpoints in (lowest, highest):
             for value in values:
-                checkpoints.note({"val/ce": value, "loss": 1.0})
+                checkpoints.note({"val/ce": value, "loss": value})
             checkpoints.save(state)
+    # Losses of steps are averaged, as far as they are finite.
+    for step, losses in ((2, 1.5), (6, 1.0)):
+        manifest = json.loads((tmp_path / "min" / f"{step:07d}" / "manifest.json").read_text())
+        assert manifest["figures"].pop("loss") == losses
+        assert manifest["figures"] == ({"val/ce": 2.0} if step == 2 else {})
     assert "--keep_best val/ce: no such figure since the checkpoint before; there were: none" in caplog.text
     for mode, best in (("min", 2), ("max", 1)):
         steps = [path.name for path in complete_steps(tmp_path / mode)]
@@ -407,6 +412,31 @@ def test_a_run_does_not_mix_with_another(tmp_path: Path) -> None:
         checkpoints.open(CheckpointArgs(resume_from=str(tmp_path / "0000001")))
 
 
+def test_a_run_that_is_refused_deletes_nothing(tmp_path: Path) -> None:
+    """What is half-written there may be what the other run is writing."""
+    checkpoints = saved(tmp_path)
+    leftovers = [tmp_path / name for name in ("0000003.tmp", "0000001.old")]
+    for path in leftovers:
+        path.mkdir()
+    with pytest.raises(ValueError, match="up to step 2"):
+        checkpoints.open(CheckpointArgs())
+    assert all(path.is_dir() for path in leftovers)
+    checkpoints.open(CheckpointArgs(auto_resume=True))
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_a_step_that_was_put_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between putting the old one aside and the new one in its place."""
+    checkpoints = saved(tmp_path)
+    newest = tmp_path / "0000002"
+    newest.rename(tmp_path / "0000002.weft_old")
+    assert checkpoints.open(CheckpointArgs(auto_resume=True)) == Start(path=newest)
+    # Killed a moment later: the new one is there, and what it replaces goes.
+    (tmp_path / "0000002.weft_old").mkdir()
+    assert checkpoints.open(CheckpointArgs(auto_resume=True)) == Start(path=newest)
+    assert sorted(os.listdir(tmp_path)) == ["0000001", "0000002"]
+
+
 def open_unwritable(folder: str) -> str:
     try:
         Checkpoints(Path(folder), 0).open(CheckpointArgs())
@@ -420,3 +450,21 @@ def test_a_directory_that_cannot_be_written_stops_every_rank(tmp_path: Path) -> 
     messages = run_distributed(open_unwritable, 2, str(tmp_path / "file" / "checkpoints"))
     assert messages[0] == messages[1]
     assert "cannot write here" in messages[0]
+
+
+def open_apart(folder: str) -> tuple[str, list[str]]:
+    """On a directory that each rank has for itself; what stands there afterwards."""
+    checkpoint.SHARED_WITHIN_S = 0.0
+    own = Path(folder) / str(rank())
+    try:
+        Checkpoints(own, 0).open(CheckpointArgs())
+    except ValueError as error:
+        return str(error), os.listdir(own) if own.is_dir() else []
+    return "", []
+
+
+def test_a_directory_that_the_nodes_do_not_share_is_noticed_at_once(tmp_path: Path) -> None:
+    (first, left), (second, _) = run_distributed(open_apart, 2, str(tmp_path))
+    assert first.startswith(f"{tmp_path}/0: what rank 0 writes there is not seen by rank 1 on ")
+    assert second.startswith(f"{tmp_path}/1: what rank 0 writes there is not seen by rank 1 on ")
+    assert "a file system that all nodes share" in first and not left
