@@ -80,7 +80,7 @@ def train(
     """Train up to `--total_steps`.
 
     Raises:
-        ValueError: on every rank, if a loss is not finite.
+        nonfinite.NotFinite: on every rank, if a loss or the gradient is not finite; what has been trained before is saved.
         DataStops: on every rank, if a file of the data vanished or changed, a data worker hangs, or too many records cannot be
             used; what has been trained is saved.
         Stopped: on every rank, if any of them was asked to end (`--auto_resume` goes on); what has been trained is saved.
@@ -91,14 +91,14 @@ def train(
             hook.before_step(state)
         try:
             report = training_step(run, state, batches)
-        except (DataStops, Stopped):
+        except (DataStops, Stopped, nonfinite.NotFinite):
             if state.step > first and state.step % every:
                 checkpoints.save(state)
             checkpoints.finish()
             raise
         if report is None:
             reporter.note(f"the data has ended (when_exhausted): stopping after step {state.step} of {total}")
-            if state.step % every:
+            if state.step > first and state.step % every:
                 checkpoints.save(state)
             break
         reporter.step(report)
@@ -125,6 +125,8 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     Raises:
         DataStops: on every rank, if one of them has no more usable data: nothing was done, or all of the step.
         Stopped: likewise, if one of them was asked to end.
+        nonfinite.NotFinite: likewise, if a loss or the gradient is not finite (with `skip`, again and again): weights, optimizer
+            and account are as before the step.
     """
     started = time.perf_counter()
     accumulation = run.args.train.gradient_accumulation_steps
@@ -275,7 +277,7 @@ def _judge(
     """Whether losses and gradient are finite, on every rank, and what to do if they are not (train/nonfinite.py).
 
     Raises:
-        ValueError: with `--on_nonfinite stop`, naming losses and samples; with `skip`, if it happens again and again.
+        nonfinite.NotFinite: with `--on_nonfinite stop`, naming losses and samples; with `skip`, if it happens again and again.
     """
     names, step = list(run.objective.weights), state.step + 1
     own = (
@@ -308,12 +310,12 @@ def _judge(
         or f"losses are finite, the gradient's norm is {float(norm)}; lower --lr or --max_grad_norm"
     )
     if run.args.train.on_nonfinite == "stop":
-        raise ValueError(
+        raise nonfinite.NotFinite(
             f"step {step} is not finite: {cause}; mend or remove the samples, or go on without the step: --on_nonfinite skip"
         )
     state.skipped_in_a_row += 1
     if state.skipped_in_a_row > nonfinite.MAX_IN_A_ROW:
-        raise ValueError(
+        raise nonfinite.NotFinite(
             f"step {step} is not finite, nor were the {nonfinite.MAX_IN_A_ROW} before it, so --on_nonfinite skip does not help: "
             f"{cause}"
         )

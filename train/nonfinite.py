@@ -23,6 +23,10 @@ MAX_IN_A_ROW = 10
 """So many skipped steps one after the other end the run: what is wrong is not one sample."""
 
 
+class NotFinite(ValueError):
+    """The run ends for a step that is not finite; the weights are those from before it."""
+
+
 def blame(names: Sequence[str], each: Tensor) -> dict[int, tuple[str, ...]]:
     """Places of the samples of a pack whose losses are not finite, and which losses.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 
 from data.loader import build_loader
@@ -77,3 +78,22 @@ def all_cases(folder: str) -> list[tuple[str, int, list[str]]]:
 def test_a_rank_that_loses_its_data_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     for found in run_distributed(all_cases, 2, str(tmp_path)):
         assert found == [(LOST, steps, saved) for _ in KINDS for steps, saved in SAVED.items()]
+
+
+def test_a_run_whose_data_had_ended_before_saves_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would put the checkpoint that it comes from at risk for nothing."""
+    args = toy_args(checkpoint_dir=str(tmp_path), save_every=2, total_steps=9)
+    state = build(args, sharded=False)
+    advance(state, 3)
+    checkpoints = Checkpoints(tmp_path, 0)
+    checkpoints.save(state)
+    written = (tmp_path / "0000003").stat().st_ino
+    monkeypatch.setattr(loop, "training_step", lambda *_: None)
+    said: list[str] = []
+    run = SimpleNamespace(args=args, hooks=(), group_sizes={"vqa": 100})
+    loop.train(cast(Any, run), state, iter(()), checkpoints, cast(Any, SimpleNamespace(note=said.append)))
+    assert said[0] == "the data has ended (when_exhausted): stopping after step 3 of 9"
+    assert [path.name for path in tmp_path.iterdir()] == ["0000003"]
+    assert (tmp_path / "0000003").stat().st_ino == written

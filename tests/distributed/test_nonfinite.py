@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.tiny_run import FIXED, SAMPLES, build_state
 from tests.unit.modeling.tiny import SPEC, SPECIAL, made_up_latents, tiny_config
 from train import nonfinite
+from train.args import CheckpointArgs
+from train.checkpoint import Checkpoints, Start
 from train.config import build_args
 from train.distributed.collectives import rank, world_size
 from train.distributed.session import World
-from train.loop import Run, check_accounts, training_step
+from train.loop import Run, check_accounts, train, training_step
 from train.objective import Objective
+from train.state import TrainState
 
 BAD = Origin(group="draw", lane=1, position=12, where="pictures.tar:0012.png")
 STEPS = 3
@@ -57,10 +61,8 @@ def poisoned(batch: PackedBatch) -> FlowState:
     return flow
 
 
-def train_with_a_nan(folder: str, policy: str) -> dict[str, object]:
-    """Three steps; what is left of them."""
-    args = build_args({**FIXED, "on_nonfinite": policy, "results_dir": folder, "max_reject_fraction": 0.5})
-    state = build_state(args, sharded=world_size() > 1)
+def poisoned_run(flags: dict[str, object]) -> tuple[Run, TrainState]:
+    args = build_args({**FIXED, **flags})
     run = Run(
         args=args,
         world=World(rank=rank(), local_rank=rank(), size=world_size(), device=torch.device("cpu")),
@@ -71,6 +73,12 @@ def train_with_a_nan(folder: str, policy: str) -> dict[str, object]:
         flops=lambda pack: 0.0,
         peak_tflops=0.0,
     )
+    return run, build_state(args, sharded=world_size() > 1)
+
+
+def train_with_a_nan(folder: str, policy: str) -> dict[str, object]:
+    """Three steps; what is left of them."""
+    run, state = poisoned_run({"on_nonfinite": policy, "results_dir": folder, "max_reject_fraction": 0.5})
     weights, reports, error = [], [], ""
     batches = iter(lane_packs(rank()))
     try:
@@ -153,6 +161,20 @@ def test_the_run_stops_on_both_ranks_with_the_same_line(ranks: tuple[list[list[d
     assert [len(stopped["reports"]) for _, stopped in ranks[0]] == [1, 1]
     for _, stopped in ranks[0]:  # as after step 1: nothing of step 2 was taken
         assert {g: a.read.samples for g, a in stopped["accounts"].items()} == {"say": 2, "draw": 2, "edit": 2}
+
+
+def test_what_was_trained_before_is_saved(tmp_path: Path) -> None:
+    run, state = poisoned_run({"results_dir": str(tmp_path), "save_every": 100, "total_steps": 9})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 0)
+    quiet = SimpleNamespace(step=lambda _: None, note=lambda _: None)
+    with pytest.raises(nonfinite.NotFinite, match="step 2 is not finite"):
+        train(run, state, iter(lane_packs(1)), checkpoints, quiet)  # type: ignore[arg-type]
+    start = checkpoints.open(CheckpointArgs(auto_resume=True))
+    assert start == Start(path=tmp_path / "checkpoints" / "0000001")
+    _, again = poisoned_run({})
+    checkpoints.restore(again, start)
+    assert again.step == 1 and again.cursors[1].packs == 1
+    assert all(bool(x.isfinite().all()) for x in again.tensors().values())
 
 
 def test_when_every_step_is_bad_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
