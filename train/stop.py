@@ -32,6 +32,8 @@ class StopOnSignal(Hook):
 
     def heard(self, state: TrainState) -> None:
         cause = f"{self.received.name} received" if self.received else "another rank was asked to end"
+        if state.step == 0:
+            raise Stopped(f"{cause}; nothing was trained yet, the same command begins again")
         raise Stopped(f"{cause}; saved after step {state.step}, the same command with --auto_resume goes on")
 
     def close(self) -> None:

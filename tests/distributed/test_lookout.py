@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from train.distributed.lookout import Place, late_ranks
-from train.distributed.session import STOPPED_CODE
+from train.distributed.session import STOPPED_CODE, Stopped
+from train.stop import StopOnSignal
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 5
@@ -164,3 +167,14 @@ def test_who_is_late() -> None:
         assert late_ranks([*waiting, late]) == [late]
     assert late_ranks([place(0, 5, "data"), place(1, 5, "data")]) == []  # nobody waits for anybody
     assert str(place(2, 5, "", 40.0)) == "silent for 40 s; last seen in step 5, between phases, for 30 s"
+
+
+def test_a_run_that_is_ended_before_its_first_step_claims_no_checkpoint() -> None:
+    stop = StopOnSignal()
+    try:
+        with pytest.raises(Stopped, match="nothing was trained yet, the same command begins again"):
+            stop.heard(cast(Any, SimpleNamespace(step=0)))
+        with pytest.raises(Stopped, match="saved after step 2, the same command with --auto_resume goes on"):
+            stop.heard(cast(Any, SimpleNamespace(step=2)))
+    finally:
+        stop.close()

@@ -1,6 +1,7 @@
 """How a run ends: 0 when all is well, at once and with one clear line when any rank fails. Through the real torchrun."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -101,6 +102,16 @@ def test_no_semaphore_and_no_folder_outlives_a_process(
     done, _ = launch(tmp_path, 1, "queue", "0", torchrun=False)
     assert done.stderr == "error: with a queue\n"  # and no warning of leaked semaphores
     assert [path.name for path in tmp_path.iterdir()] == ["entry.py"]
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    few, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few // 2, most))
+        with session(timeout_s=5):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_in_one_process_it_opens_and_closes_as_often_as_wanted() -> None:

@@ -160,15 +160,16 @@ def full_disk() -> None:
 
 def small_tools() -> list[object]:
     x = torch.tensor([float(rank()), 1.0])
-    try:
-        on_main(full_disk)
-        failure = ""
-    except ValueError as error:
-        failure = str(error)
+    failures = []
+    for action in (full_disk, lambda: {}["key"]):  # type: ignore[misc]
+        try:
+            on_main(action)
+        except ValueError as error:
+            failures.append(str(error))
     return [
         all_sum(x).tolist(),
         gather_objects(rank()),
-        failure,
+        failures,
         on_main(lambda: 7),
     ]
 
@@ -176,7 +177,7 @@ def small_tools() -> list[object]:
 def test_collectives_on_two_ranks() -> None:
     results = run_distributed(small_tools, 2)
     for result in results:
-        assert result == [[1.0, 2.0], [0, 1], "disk is full", 7]
+        assert result == [[1.0, 2.0], [0, 1], ["disk is full", "KeyError: 'key'"], 7]
 
 
 def sharded_names(min_unit_params: int) -> tuple[str, ...]:

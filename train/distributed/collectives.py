@@ -72,15 +72,19 @@ def on_main(action: Callable[[], T], group: Group | None = None) -> T:
         its result, on every rank.
 
     Raises:
-        ValueError: on every rank, if it raised a `ValueError`, an `OSError` or a `RuntimeError`.
+        ValueError: on every rank, if it raised anything: the others would wait for it till the session's timeout.
     """
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
+    message: str | None = None
     if rank() == 0:
         try:
             result = action()
         except (ValueError, OSError, RuntimeError) as error:
-            failure = error
-    result, message = broadcast_object((result, None if failure is None else str(failure)), group)
+            failure, message = error, str(error)
+        except Exception as error:  # noqa: BLE001 - see above
+            failure, message = error, f"{type(error).__name__}: {error}"
+    result, message = broadcast_object((result, message), group)
     if message is not None:
         raise ValueError(message) from failure
     return result  # type: ignore[return-value]

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 import traceback
@@ -80,6 +81,7 @@ def session(timeout_s: float = 600.0, seed: int = 0) -> Iterator[World]:
     """
     world = _world()
     _set_threads()
+    _set_file_limit()
     _set_logging(world.rank)
     torch.manual_seed(seed * world.size + world.rank)
     owned = not dist.is_initialized()
@@ -226,6 +228,15 @@ def _set_threads() -> None:
     torch.set_num_threads(
         int(given) if given else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )
+
+
+def _set_file_limit() -> None:
+    """As many open files as the system allows: two groups of gloo take a connection per rank each, the data workers theirs."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ValueError, OSError) as error:  # a Mac names a limit that it does not grant
+        logger.debug("the limit on open files stays: %s", error)
 
 
 def _set_logging(rank: int) -> None:
