@@ -271,7 +271,16 @@ def _require_consistent(args: Args) -> None:
         raise ValueError(
             f"--warmup_steps {optim.warmup_steps} leaves nothing of --total_steps {optim.total_steps} for the cosine"
         )
-    if optim.lr_scheduler == "cosine" and optim.min_lr > optim.lr:
+    if optim.lr_scheduler == "wsd" and optim.warmup_steps > optim.decay_begins:
+        raise ValueError(
+            f"--warmup_steps {optim.warmup_steps} is longer than the {max(0, optim.decay_begins)} of --total_steps "
+            f"{optim.total_steps} before the decay of --lr_scheduler wsd; lower it, or --decay_steps"
+        )
+    if optim.decay_steps is not None and optim.lr_scheduler != "wsd":
+        raise ValueError(
+            f"--decay_steps {optim.decay_steps} is for --lr_scheduler wsd, not {optim.lr_scheduler}"
+        )
+    if optim.lr_scheduler != "constant" and optim.min_lr > optim.lr:
         raise ValueError(f"--min_lr {optim.min_lr} is above --lr {optim.lr}")
     if checkpoint.resume_model_only and checkpoint.resume_from is None:
         raise ValueError("--resume_model_only needs --resume_from: the checkpoint to take the weights from")

@@ -38,15 +38,21 @@ def lr_factor(step: int, args: OptimArgs) -> float:
         args: schedule.
 
     Returns:
-        `step / warmup` while warming up; then 1 (`constant`), or half a cosine from 1 down to `min_lr / lr` at `total_steps`.
+        `step / warmup` while warming up; then 1 (`constant`), or half a cosine from 1 down to `min_lr / lr` at `total_steps`
+        (`cosine`), or 1 and, over the last `decay_steps`, `1 - sqrt(progress)` of the way down to there (`wsd`).
 
-    Source: the published Bagel trainer (056b5fd), whose first update has learning rate 0 if there is a warm-up.
+    Sources: the published Bagel trainer (056b5fd), whose first update has learning rate 0 if there is a warm-up; `wsd`, Hägele et
+    al. 2024 (arXiv:2405.18392), who find this form of the decay better than a linear one, and a fifth of the run enough for it.
     """
     if step < args.warmup_steps:
         return step / args.warmup_steps
     if args.lr_scheduler == "constant":
         return 1.0
-    floor = args.min_lr / args.lr if args.lr else 0.0  # --lr 0: every group that is trained has a rate of its own
+    # --lr 0: every group that is trained has a rate of its own.
+    floor = args.min_lr / args.lr if args.lr else 0.0
+    if args.lr_scheduler == "wsd":
+        done = max(0, step - args.decay_begins) / (args.total_steps - args.decay_begins)
+        return floor + (1 - floor) * (1 - math.sqrt(done))
     progress = (step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

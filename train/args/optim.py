@@ -12,9 +12,14 @@ class OptimArgs:
 
     lr: float = flag(1e-4, "Peak learning rate.", low=0)
     min_lr: float = flag(
-        1e-7, "Where the cosine ends, for a group with --lr; other groups end in proportion.", low=0
+        1e-7, "Where the decay ends, for a group with --lr; other groups end in proportion.", low=0
     )
-    lr_scheduler: Literal["constant", "cosine"] = flag("constant", "What follows the warm-up.")
+    lr_scheduler: Literal["constant", "cosine", "wsd"] = flag(
+        "constant", "What follows the warm-up; wsd: constant, and a decay at the end (--decay_steps)."
+    )
+    decay_steps: int | None = flag(
+        None, "Of --lr_scheduler wsd: steps of the decay; None: a fifth of --total_steps.", low=1
+    )
     warmup_steps: int = flag(2000, "Steps in which the learning rate rises from 0.", low=0)
     total_steps: int = flag(500_000, "Optimizer steps of the whole run.", low=1)
     beta1: float = flag(0.9, "AdamW: decay of the first moment.", low=0, high=1)
@@ -26,3 +31,8 @@ class OptimArgs:
     ema_warmup: bool = flag(
         False, "Average faster in the beginning: after n updates the decay is at most (1+n)/(10+n)."
     )
+
+    @property
+    def decay_begins(self) -> int:
+        """Of `wsd`: the first step of the decay."""
+        return self.total_steps - (self.decay_steps or max(1, self.total_steps // 5))

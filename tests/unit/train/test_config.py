@@ -97,6 +97,11 @@ def test_spellings(words: list[str], name: str, value: object) -> None:
             "--warmup_steps 9 leaves nothing",
         ),
         (["--lr_scheduler", "cosine", "--lr", "1e-8"], "--min_lr 1e-07 is above --lr 1e-08"),
+        (
+            ["--lr_scheduler", "wsd", "--warmup_steps", "9", "--total_steps", "10"],
+            "--warmup_steps 9 is longer than the 8",
+        ),
+        (["--decay_steps", "9"], "--decay_steps 9 is for --lr_scheduler wsd, not constant"),
         (["--resume_model_only"], "--resume_model_only needs --resume_from"),
         (
             ["--resume_from_ema", "a", "--resume_from", "b"],

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from train.config import build_args
-from train.optim import build_optimizer, set_learning_rates, trained_parameters
+from train.optim import build_optimizer, lr_factor, set_learning_rates, trained_parameters
 
 
 def test_groups_keep_their_proportion() -> None:
@@ -22,6 +22,20 @@ def test_groups_keep_their_proportion() -> None:
     assert set_learning_rates(optimizer, 10, args) == pytest.approx({"a": 1e-4, "b": 4e-4})
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 4e-4])
     assert trained_parameters(optimizer) == [model.weight, model.bias]
+
+
+@pytest.mark.parametrize(("decay", "begins"), [(16, 84), (None, 80)])
+def test_a_decay_at_the_end(decay: int | None, begins: int) -> None:
+    flags = {"lr": 1e-3, "min_lr": 1e-4, "lr_scheduler": "wsd", "warmup_steps": 10, "total_steps": 100}
+    args = build_args({**flags, **({"decay_steps": decay} if decay else {})}).optim
+    assert [lr_factor(step, args) for step in (0, 5, 10, 50, begins)] == [0, 0.5, 1, 1, 1]
+    quarter = begins + (100 - begins) // 4
+    assert lr_factor(quarter, args) == pytest.approx(0.1 + 0.9 * 0.5), (
+        "the square root of a quarter is a half"
+    )
+    assert lr_factor(100, args) == pytest.approx(0.1)
+    falling = [lr_factor(step, args) for step in range(begins, 101)]
+    assert falling == sorted(falling, reverse=True) and len(set(falling)) == len(falling)
 
 
 def test_adamw_is_the_textbook_formula() -> None:
