@@ -52,6 +52,12 @@ ROUNDED: dict[str, tuple[Case, float, float]] = {
         2**-8,
         5,
     ),
+    "bf16, sums, 4 packs": ((2, 4, {**BF16, "reduce_dtype": "bf16"}), 2**-8, 5),
+    "bf16, sums, HYBRID_SHARD 2 x 2, 4 packs": (
+        (4, 4, {**HYBRID, "param_dtype": "bf16", "reduce_dtype": "bf16"}),
+        2**-8,
+        5,
+    ),
     # A CPU adds up a convolution's gradient in fp16, that of bf16 in fp32: the mask head's are some roundings further off.
     "fp16": ((2, 1, FP16), 2**-11, 10),
 }
