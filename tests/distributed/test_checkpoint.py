@@ -283,6 +283,22 @@ def test_a_failure_in_the_background_is_told_by_every_rank(tmp_path: Path) -> No
     assert (latest, there) == ("0000001", ["0000000", "0000001"])
 
 
+def test_where_there_is_no_memory_for_a_copy_the_way_without_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(checkpoint.Saver, "take", none_left)
+    state = build(toy_args(), sharded=False)
+    for asynchronous in (True, False):
+        checkpoints = Checkpoints(tmp_path, 0, asynchronous=asynchronous)
+        with pytest.raises(ValueError, match="cannot copy its share aside: MemoryError") as caught:
+            checkpoints.save(state)
+            checkpoints.finish()
+        assert ("--async_checkpoint False saves without a copy" in str(caught.value)) == asynchronous
+
+
 def test_flags_say_how_is_saved(tmp_path: Path) -> None:
     state = build(toy_args(), sharded=False)
     flags = CheckpointArgs(checkpoint_dir=str(tmp_path), async_checkpoint=False, max_checkpoints=1, keep_best="ce",
