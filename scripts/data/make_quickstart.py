@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train_scenes", type=int, default=30000)
+    parser.add_argument("--train_scenes", type=int, default=12000)
     parser.add_argument("--val_scenes", type=int, default=200)
     parser.add_argument("--test_scenes", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
