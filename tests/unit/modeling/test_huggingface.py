@@ -92,7 +92,7 @@ def filled(source: ModelSource, weights: str = "model") -> Bagel:
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    return float((ours.detach() - theirs).abs().max() / theirs.abs().max())
 
 
 def run(model: Bagel, *segments: Segment):
