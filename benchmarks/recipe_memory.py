@@ -19,11 +19,11 @@ from modeling.bagel.config import BagelConfig
 from modeling.bagel.flops import PackShape
 from modeling.build import build_model
 from modeling.qwen2.config import Qwen2Config
-from modeling.siglip.config import SiglipConfig
 from train.activations import predict_peak
 from train.config import build_args, read_run_file
 from train.memory import state_bytes
 from train.param_manager import freeze
+from train.synthetic import SHAPES
 
 GB = 10**9
 OUTSIDE_GB = 1.5 * 2**30 / GB
@@ -45,15 +45,9 @@ CARDS = {
     "8gb": Card(gigabytes=8, model="around Qwen2.5-1.5B", side=256),
     "4gb": Card(gigabytes=4, model="around Qwen2.5-0.5B", side=128),
 }
+PUBLISHED = SHAPES["7b"].bagel
 DECODERS = {
-    "BAGEL-7B-MoT": Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-    ),
+    "BAGEL-7B-MoT": PUBLISHED.llm,
     "around Qwen2.5-1.5B": Qwen2Config(
         hidden_size=1536,
         intermediate_size=8960,
@@ -74,14 +68,6 @@ DECODERS = {
     ),
 }
 """The public configurations' sizes, with a second expert."""
-TOWER = SiglipConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=26,
-    num_attention_heads=16,
-    patch_size=14,
-    image_size=980,
-)
 
 
 def main() -> None:
@@ -92,7 +78,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, card in CARDS.items():
         args = build_args(read_run_file(ROOT / "configs" / "recipes" / f"{name}.yaml"))
-        model = build_model(BagelConfig(llm=DECODERS[card.model], vit=TOWER))
+        model = build_model(BagelConfig(llm=DECODERS[card.model], vit=PUBLISHED.vit))
         freeze(model, args.params, args.optim.lr)
         total = sum(p.numel() for p in model.parameters())
         kept, tokens = state_bytes(model, args), args.data.max_num_tokens

@@ -262,7 +262,8 @@ def _assumptions(machine: Machine) -> list[str]:
         "assumed:",
         "  packs are as those of the records that were looked at; the largest pack of the run may be larger",
         "  the data keep up, no picture's latents are cached, nothing is validated or saved meanwhile",
-        "  not counted: perception heads, losses on decoded pictures, --compile",
+        "  not counted: perception heads, losses on decoded pictures, --compile; the time to start kernels and between",
+        "    ranks, which is most of a small model's: measure it (train/main_benchmark.py)",
     ]
     if machine.device_type == "cuda":
         found.append("  the memory model is held against measured peaks on CPUs (benchmarks/memory_plan.py)")

@@ -93,24 +93,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make(data_dir: Path, output_dir: Path, max_merges: int) -> int:
     """Write the model directory; returns the tokenizer's size."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(training_texts(data_dir), max_merges)
+    return write_model(output_dir, tokenizer, llm=LLM, vit=VIT, bagel=BAGEL, preprocessor=PREPROCESSOR)
+
+
+def write_model(
+    output_dir: Path,
+    tokenizer: Tokenizer,
+    *,
+    llm: dict[str, Any],
+    vit: dict[str, Any],
+    bagel: dict[str, Any],
+    preprocessor: dict[str, Any],
+) -> int:
+    """Write tokenizer and configurations, the decoder's with the vocabulary (in eights); returns the size of the tokenizer."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(output_dir / "tokenizer.json"))
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": SPECIAL_TOKENS[1]}
-    llm = {
-        **LLM,
+    vocabulary = {
         "vocab_size": -(-size // 8) * 8,
         **{key: tokenizer.token_to_id(token) for key, token in ids.items()},
     }
     configs = {
-        "llm_config": llm,
-        "vit_config": VIT,
-        "bagel_config": BAGEL,
-        "preprocessor_config": PREPROCESSOR,
+        "llm_config": {**llm, **vocabulary},
+        "vit_config": vit,
+        "bagel_config": bagel,
+        "preprocessor_config": preprocessor,
     }
     for name, config in configs.items():
-        (output_dir / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
+        (output_dir / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return size
 
 

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.tokens import SPECIAL_TOKENS
 from modeling.optional import require
 from scripts.data import make_quickstart_model as quickstart
 
@@ -81,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train": write(args.output_dir / "data", "train", random_crops(train, args.crops, rng)),
         "test": write(args.output_dir / "data", "test", grid_of_crops(test)),
     }
-    write_model(args.output_dir / "base")
+    tokenizer = quickstart.train_tokenizer(iter([INSTRUCTION]), 0)
+    base = args.output_dir / "base"
+    quickstart.write_model(base, tokenizer, llm=LLM, vit=VIT, bagel=BAGEL, preprocessor=PREPROCESSOR)
     print(f"{args.output_dir}: {counts['train']} crops to train on, {counts['test']} held out")
 
 
@@ -154,28 +155,6 @@ def write(folder: Path, part: str, crops: Iterator[tuple[Pixels, Pixels]]) -> in
         rows.append({"input_img": low, "output_img": high, "message": turns})
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
-
-
-def write_model(folder: Path) -> None:
-    """Tokenizer and configurations."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = quickstart.train_tokenizer(iter([INSTRUCTION]), 0)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    ids = {"bos_token_id": quickstart.END_OF_TEXT, "eos_token_id": SPECIAL_TOKENS[1]}
-    llm = {
-        **LLM,
-        "vocab_size": -(-size // 8) * 8,
-        **{key: tokenizer.token_to_id(t) for key, t in ids.items()},
-    }
-    configs = {
-        "llm_config": llm,
-        "vit_config": VIT,
-        "bagel_config": BAGEL,
-        "preprocessor_config": PREPROCESSOR,
-    }
-    for name, config in configs.items():
-        (folder / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
