@@ -253,7 +253,7 @@ def _figure(
     regions = [(i, region) for i, region in enumerate(sample.regions) if region.image == place]
     image = _with_masks(segment, regions, colour_of)
     shown = image if max(image.size) <= SIDE else _smaller(image)
-    boxes = [(i, region.box.tolist()) for i, region in regions if bool(region.box.any())]
+    boxes = [(i, box) for i, region in regions for box in region.boxes.tolist()]
     over = "".join(outline(_scaled(box, shown.size), colour_of[i]) for i, box in boxes)
     # A patch grid the model cannot take never gets here: `make_sample` refuses it.
     rows, cols = patch_grid(segment, plan.layout)

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.dataset_base import SkipSample, Transform
 from data.rgb_image import RgbImage
 from data.tokens import ANCHORS, Tokenizer
-from data.types import EMPTY_BOX, EMPTY_MASK, Kind, Region, Sample, Segment
+from data.types import EMPTY_MASK, NO_BOXES, Kind, Region, Sample, Segment
 
 IMAGE = "<image>"
 VIDEO = "<video>"
@@ -38,14 +38,14 @@ class Target:
         head: the perception head (`box`, `mask`).
         name: what it is, for people.
         image: which of the row's pictures, counted from 0.
-        box: `4` xyxy in [0, 1].
+        boxes: `k 4` xyxy in [0, 1]; one for a `<BOX>`.
         mask: `hh ww` uint8 0/1 of the transformed picture.
     """
 
     head: str
     name: str = ""
     image: int = 0
-    box: Tensor = EMPTY_BOX
+    boxes: Tensor = NO_BOXES
     mask: Tensor = EMPTY_MASK
 
 
@@ -331,7 +331,7 @@ def _place(target: Target, segment: int, token: int, places: Sequence[int]) -> R
         segment=segment,
         token=token,
         image=image,
-        box=target.box,
+        boxes=target.boxes,
         mask=target.mask,
         name=target.name,
     )

@@ -236,8 +236,8 @@ def require_mask_size(mask_hw: Sequence[int], image: RgbImage, where: str) -> No
 def _check_region(region: Region, sample: Sample) -> None:
     what = f"{sample.origin.where}: region {region.name!r}"
     has_mask = region.mask.numel() > 0
-    if not has_mask or bool(region.box.any()):
-        x0, y0, x1, y1 = box = region.box.tolist()
+    for x0, y0, x1, y1 in region.boxes.tolist():
+        box = (x0, y0, x1, y1)
         inside = all(-BOX_TOLERANCE <= v <= 1 + BOX_TOLERANCE for v in box)  # False for NaN
         if not inside or x0 >= x1 or y0 >= y1:
             corners = ", ".join(f"{v:.4g}" for v in box)

@@ -124,7 +124,7 @@ def _content(segment: Segment, patch_hw: tuple[int, int], tokenizer: Tokenizer) 
 
 
 def _region(region: Region, anchor: int) -> str:
-    box = " [" + ", ".join(f"{v:.3f}" for v in region.box.tolist()) + "]" if region.box.any() else ""
+    box = "".join(" [" + ", ".join(f"{v:.3f}" for v in box) + "]" for box in region.boxes.tolist())
     mask = f" mask of {int(region.mask.sum())} px" if region.mask.numel() else ""
     return f"{region.head} at token {anchor}, segment {region.image}: {region.name!r}{box}{mask}"
 

@@ -51,11 +51,11 @@ def pack(
         start = out.length
         # Rotary counter of the trunk (0) and of each branch, which starts where the trunk stands.
         counter = {0: position_start[i] if position_start is not None else 0}
-        token_of: list[int] = []
+        token_of: list[int] = []  # first of a text, closing one of a picture
         image_of: list[int] = []
         for segment in sample.segments:
             layout = lay_out(segment, spec, special)
-            token_of.append(out.length + layout.id_offset)
+            token_of.append(out.length + (layout.id_offset if segment.kind == "text" else layout.length - 1))
             image_of.append(len(out.und_hw) if segment.kind == "und_image" and not segment.dropped else -1)
             position = counter.setdefault(segment.branch, counter[0])
             out.add(segment, layout, position)
@@ -111,6 +111,9 @@ def content_hash(batch: PackedBatch) -> str:
             for head in sorted(value):
                 for part in fields(value[head]):
                     _add(digest, f"{head}.{part.name}", getattr(value[head], part.name))
+        elif f.name == "und_views":
+            for view in value:
+                _add(digest, f.name, view)
         elif f.name not in (*OF_THE_RUN, "gen_pixels"):
             _add(digest, f.name, value)
     return digest.hexdigest()
@@ -145,6 +148,7 @@ class _Fields:
         self.und_position: list[Tensor] = []
         self.und_index: list[Tensor] = []
         self.und_hw: list[tuple[int, int]] = []
+        self.und_views: list[Tensor] = []
         self.gen_pixels: list[Tensor] = []
         self.gen_hw: list[tuple[int, int]] = []
         self.gen_position: list[Tensor] = []
@@ -182,6 +186,7 @@ class _Fields:
             self.und_position.append(grid_position(*hw, spec.vit_positions_per_side, spec.interpolate_pos))
             self.und_index.append(index)
             self.und_hw.append(hw)
+            self.und_views.append(segment.view)
             return
         self.gen_pixels.append(segment.pixels)
         self.gen_hw.append(hw)
@@ -193,10 +198,11 @@ class _Fields:
         self.gen_seed.append(segment.noise_seed)
 
     def add_region(self, region: Region, token_of: list[int], image_of: list[int], sample: Sample) -> None:
-        text = sample.segments[region.segment]
-        if text.dropped or text.kind != "text" or image_of[region.image] < 0:
+        anchoring = sample.segments[region.segment]
+        seen = region.segment == region.image or anchoring.kind == "text"
+        if anchoring.dropped or not seen or image_of[region.image] < 0:
             raise ValueError(
-                f"{sample.origin.where}: region '{region.name}' needs its text and its understanding image in the sample; "
+                f"{sample.origin.where}: region '{region.name}' needs its anchor and its understanding image in the sample; "
                 "a text with anchors and a picture with regions cannot be droppable"
             )
         anchor = token_of[region.segment] + region.token
@@ -214,6 +220,7 @@ class _Fields:
             und_position=_cat(self.und_position),
             und_index=_cat(self.und_index),
             und_hw=torch.tensor(self.und_hw, dtype=torch.int64).reshape(-1, 2),
+            und_views=tuple(self.und_views),
             gen_pixels=tuple(self.gen_pixels),
             gen_hw=torch.tensor(self.gen_hw, dtype=torch.int64).reshape(-1, 2),
             gen_position=_cat(self.gen_position),
@@ -233,10 +240,17 @@ def _collate_regions(regions: list[tuple[int, int, Region]]) -> RegionBatch:
     return RegionBatch(
         anchor=torch.tensor([a for a, _, _ in regions]),
         image=torch.tensor([i for _, i, _ in regions]),
-        boxes=torch.stack([r.box for _, _, r in regions]).float(),
+        boxes=torch.cat([r.boxes for _, _, r in regions]).float(),
+        num_boxes=torch.tensor([len(r.boxes) for _, _, r in regions]),
+        phrase_ids=_cat([ids for _, _, r in regions for ids in r.phrases]),
+        phrase_lens=torch.tensor([n for _, _, r in regions for n in _phrase_lens(r)], dtype=torch.int64),
         mask_values=torch.cat([r.mask.flatten() for _, _, r in regions]),
         mask_hw=torch.tensor([r.mask.shape for _, _, r in regions], dtype=torch.int64).reshape(-1, 2),
     )
+
+
+def _phrase_lens(region: Region) -> list[int]:
+    return [len(ids) for ids in region.phrases] or [0] * len(region.boxes)
 
 
 def _cat(parts: list[Tensor], empty: Tensor = EMPTY_IDS) -> Tensor:

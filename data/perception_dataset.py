@@ -135,7 +135,7 @@ class ReferDataset(TaskDataset):
 
     def _targets(self, thing: Thing, size: tuple[int, int], hw: tuple[int, int]) -> Iterator[Target]:
         if self.templates["box"] and thing.box is not None:
-            yield Target(head="box", box=normalised_box(thing.box, size, thing.what))
+            yield Target(head="box", boxes=normalised_box(thing.box, size, thing.what)[None])
         if self.templates["mask"] and thing.mask is not None:
             yield Target(head="mask", mask=resized_mask(thing.mask(size, thing.what), hw, thing.what))
 

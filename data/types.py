@@ -20,7 +20,7 @@ Mode = Literal["causal", "full", "noise"]
 EMPTY_IDS = torch.zeros(0, dtype=torch.int64)
 EMPTY_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
 EMPTY_MASK = torch.zeros(0, 0, dtype=torch.uint8)
-EMPTY_BOX = torch.zeros(4)
+NO_BOXES = torch.zeros(0, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Segment:
         kind: what it is and where it goes.
         ids: `t` int64, token ids of a text without the tokens around it; empty for images.
         pixels: `3 hh ww` uint8, an image after its transform; empty for text.
+        view: `3 hh ww` uint8, an `und_image` as an image encoder inside a head wants it; empty if no head asked.
         supervised: a text whose tokens are predicted.
         droppable: may be left out by condition dropout.
         dropped: was left out; images then leave a gap of one rotary position.
@@ -49,6 +50,7 @@ class Segment:
     kind: Kind
     ids: Tensor = EMPTY_IDS
     pixels: Tensor = EMPTY_PIXELS
+    view: Tensor = EMPTY_PIXELS
     supervised: bool = False
     droppable: bool = False
     dropped: bool = False
@@ -66,11 +68,14 @@ class Region:
     """A box and/or a mask of one understanding image, anchored to one text token.
 
     Attributes:
-        head: the perception head that reads the anchor (`box`, `mask`).
-        segment: place of the anchoring text in the sample's segments.
-        token: place of the anchor in that text's `ids`.
+        head: the perception head that reads the anchor (`box`, `mask`, …).
+        segment: place in the sample's segments of the text that holds the anchor, or of the picture itself, for a head that looks
+            for things without being told by a token.
+        token: place of the anchor in that text's `ids`; of a picture, whose closing token is the anchor, 0.
         image: place of the `und_image` in the sample's segments.
-        box: `4` xyxy in [0, 1] of the transformed image.
+        boxes: `k 4` xyxy in [0, 1] of the transformed image: one for a head that says where one thing is, any number for a
+            detector, none beside a mask.
+        phrases: token ids of what each box holds, for heads that say so; empty if this one does not.
         mask: `hh ww` uint8 0/1 of the transformed image; empty if there is none.
         name: what it is, for people ("the red 7").
     """
@@ -79,7 +84,8 @@ class Region:
     segment: int
     token: int
     image: int
-    box: Tensor = EMPTY_BOX
+    boxes: Tensor = NO_BOXES
+    phrases: tuple[Tensor, ...] = ()
     mask: Tensor = EMPTY_MASK
     name: str = ""
 
@@ -152,7 +158,10 @@ class RegionBatch:
     Attributes:
         anchor: `r` int64, place of the anchor token in the packed sequence.
         image: `r` int64, which understanding image of the pack.
-        boxes: `r 4` xyxy in [0, 1].
+        boxes: `b 4` xyxy in [0, 1], region after region.
+        num_boxes: `r` int64, how many of them each region has.
+        phrase_ids: `q` int64, what the boxes hold, one phrase after the other.
+        phrase_lens: `b` int64, tokens of each (0 where nothing is said).
         mask_values: `p` uint8, the masks' pixels one after the other, row by row.
         mask_hw: `r 2` int64, height and width of each mask (0 0 if none).
     """
@@ -160,8 +169,33 @@ class RegionBatch:
     anchor: Tensor
     image: Tensor
     boxes: Tensor
+    num_boxes: Tensor
+    phrase_ids: Tensor
+    phrase_lens: Tensor
     mask_values: Tensor
     mask_hw: Tensor
+
+    @staticmethod
+    def unknown(anchor: Tensor, image: Tensor) -> "RegionBatch":
+        """Regions of which nothing is known but where they are read: those of inference; `r` may be 0."""
+        none = torch.zeros_like(anchor)
+        return RegionBatch(
+            anchor=anchor,
+            image=image,
+            boxes=NO_BOXES.to(anchor.device),
+            num_boxes=none,
+            phrase_ids=none[:0],
+            phrase_lens=none[:0],
+            mask_values=none[:0].to(torch.uint8),
+            mask_hw=torch.stack([none, none], dim=1),
+        )
+
+    @property
+    def box_region(self) -> Tensor:
+        """`b` int64, whose box each is."""
+        return torch.repeat_interleave(
+            torch.arange(len(self.anchor), device=self.anchor.device), self.num_boxes
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RegionBatch":
         return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self)})
@@ -279,6 +313,7 @@ class PackedBatch:
         und_patches: `v (p p 3)` uint8 pixels, row-major patches, channel fastest.
         und_position, und_index: `v` int64, place in the 2-D position table; place in the sequence.
         und_hw: `n 2` int64, patch rows and columns of each image.
+        und_views: `3 hh ww` uint8 each, the same `n` images as encoders inside heads want them; `3 0 0` where none was asked for.
         gen_pixels: `3 hh ww` uint8 each, the `m` images that pass the VAE, condition and target, in sequence order.
         gen_hw: `m 2` int64, latent patch rows and columns.
         gen_position, gen_index: `l` int64; gen_timestep: `l` float32, 0 for clean patches.
@@ -300,6 +335,7 @@ class PackedBatch:
     und_position: Tensor
     und_index: Tensor
     und_hw: Tensor
+    und_views: tuple[Tensor, ...]
     gen_pixels: tuple[Tensor, ...]
     gen_hw: Tensor
     gen_position: Tensor
@@ -335,6 +371,7 @@ class PackedBatch:
             if isinstance(value, Tensor):
                 changed[f.name] = fn(value)
         changed["gen_pixels"] = tuple(fn(p) for p in self.gen_pixels)
+        changed["und_views"] = tuple(fn(p) for p in self.und_views)
         changed["regions"] = {head: r.map(fn) for head, r in self.regions.items()}
         return replace(self, **changed)
 

@@ -247,7 +247,7 @@ def read_objects(
             raise SkipSample("bad_objects", f"{what} lies in picture {image}, the row has {len(pictures)}")
         size = pictures[image].size
         if box is not None:
-            target = Target(head="box", name=name, image=image, box=normalised_box(box, size, what))
+            target = Target(head="box", name=name, image=image, boxes=normalised_box(box, size, what)[None])
             targets["box"].append(target)
         if mask is not None:
             height, width = und[image].pixels.shape[1:]

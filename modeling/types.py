@@ -1,11 +1,12 @@
 """What comes out of the model and of the losses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from data.types import RegionBatch
 from modeling.qwen2.model import Vocabulary
 from modeling.qwen2.mot import filled
 
@@ -15,16 +16,41 @@ class FeatureGrids:
     """The understanding images' features, one row per patch, images one after the other.
 
     Attributes:
-        values: `v d`.
+        values: `v d`, of the vision tower.
+        states: `v e`, the trunk's last state at each patch: what it made of the picture after all that precedes it. No answer is
+            in it, attention being causal; the question is, where it stands before the picture.
         pixels: `v (p p 3)` uint8, the patches themselves, for heads that need edges.
         hw: patch rows and columns of each image.
         patch_size: side of a patch in pixels.
+        views: `3 hh ww` uint8 each, the images as encoders inside heads want them; `3 0 0` where none was asked for.
     """
 
     values: Tensor
+    states: Tensor
     pixels: Tensor
     hw: tuple[tuple[int, int], ...]
     patch_size: int
+    views: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadInputs:
+    """What a perception head is given for its `r` regions.
+
+    Attributes:
+        hidden: `r e`, the trunk's state at each anchor.
+        regions: which image each is about, and, in training, what is there. At inference and for heads that have nothing in
+            this pack it says nothing (`RegionBatch.unknown`).
+        grids: features of all images.
+        embed: token ids `t` -> `t e`, the language model's input embeddings.
+        vocabulary: states `t e` -> `t vocab`, its output layer.
+    """
+
+    hidden: Tensor
+    regions: RegionBatch
+    grids: FeatureGrids
+    embed: Callable[[Tensor], Tensor]
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,8 @@ def keep_packs(
         tensors.update(
             {f"{i}.{name}": x for name in pack.__slots__ if isinstance(x := getattr(pack, name), Tensor)}
         )
-        tensors.update({f"{i}.gen_pixels.{n}": x for n, x in enumerate(pack.gen_pixels)})
+        for name in ("gen_pixels", "und_views"):
+            tensors.update({f"{i}.{name}.{n}": x for n, x in enumerate(getattr(pack, name))})
         for head, region in pack.regions.items():
             tensors.update({f"{i}.{head}.{name}": getattr(region, name) for name in region.__slots__})
     file = folder / f"{step:07d}.{rank}.safetensors"

@@ -255,5 +255,5 @@ def _picture(pixels: Tensor) -> Picture:
 
 
 def _box(region: Region, seen: Picture) -> Box:
-    x0, y0, x1, y1 = region.box.tolist()
+    x0, y0, x1, y1 = region.boxes[0].tolist()
     return x0 * seen.shape[1], y0 * seen.shape[0], x1 * seen.shape[1], y1 * seen.shape[0]

@@ -8,11 +8,12 @@ latents ───▶ vae2llm + time + 2-D position ───────┘
 import functools
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import Tensor, nn
 
-from data.types import PackedBatch
+from data.types import PackedBatch, RegionBatch
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.connectors import Absent, Connector, PositionTable, TimestepEmbedder
 from modeling.heads import HEADS
@@ -23,7 +24,7 @@ from modeling.qwen2.layers import Attend
 from modeling.qwen2.model import Qwen2ForCausalLM
 from modeling.qwen2.mot import Routing, Rows, filled
 from modeling.siglip.model import SiglipVisionModel
-from modeling.types import FeatureGrids, HeadOutput, ModelOutput
+from modeling.types import FeatureGrids, HeadInputs, HeadOutput, ModelOutput
 
 
 class Bagel(nn.Module):
@@ -84,6 +85,7 @@ class Bagel(nn.Module):
         stream = self.language_model.model(rows, routing, batch.position, attend)
         rows = self.language_model.model.finish(stream)
         hidden = routing.pack(rows)
+        grids = replace(grids, states=hidden[batch.und_index])
         return ModelOutput(
             hidden=hidden,
             label_states=hidden[batch.label_index],
@@ -120,7 +122,12 @@ class Bagel(nn.Module):
         position = self._vit_position(batch.und_position)
         values = self.vit_model(patches, position, hw, plan)
         return FeatureGrids(
-            values=values, pixels=batch.und_patches, hw=hw, patch_size=self.config.vit.patch_size
+            values=values,
+            states=values[:, :0],  # the trunk has not run yet
+            pixels=batch.und_patches,
+            hw=hw,
+            patch_size=self.config.vit.patch_size,
+            views=batch.und_views,
         )
 
     def _vit_position(self, position: Tensor) -> Tensor:
@@ -138,10 +145,21 @@ class Bagel(nn.Module):
         return Rows(und.index_select(0, routing.und), gen.to(text.dtype))
 
     def _perceive(self, name: str, hidden: Tensor, batch: PackedBatch, grids: FeatureGrids) -> HeadOutput:
-        region = batch.regions.get(name)
-        anchor, image = (region.anchor, region.image) if region is not None else (batch.und_index[:0],) * 2
+        none = batch.und_index[:0]
+        regions = batch.regions.get(name) or RegionBatch.unknown(none, none)
         offset = {"self": 0, "previous": 1}[self.config.head_reads]
-        return self.heads[name](hidden[anchor - offset], image, grids)
+        return self.heads[name](self.head_inputs(hidden[regions.anchor - offset], regions, grids))
+
+    def head_inputs(self, hidden: Tensor, regions: RegionBatch, grids: FeatureGrids) -> HeadInputs:
+        """What a head is given for regions whose anchors have the states `hidden` `r e`."""
+        language = self.language_model
+        return HeadInputs(
+            hidden=hidden,
+            regions=regions,
+            grids=grids,
+            embed=language.model.embed_tokens,
+            vocabulary=language.lm_head,
+        )
 
 
 def _part(is_there: bool, flag: str, width: int, make: Callable[[], nn.Module]) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.layout import LayoutSpec, lay_out
 from data.packing import pack
 from data.tokens import SpecialTokens
-from data.types import PackedBatch, Sample, Segment
+from data.types import PackedBatch, RegionBatch, Sample, Segment
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.choice import Choose, likeliest
 from modeling.bagel.forecast import Forecast
@@ -310,8 +310,10 @@ class Decoder:
                 module = self.model.heads[head]
                 # A model in pieces gives float32 whatever it computes in; a head on its own is given what its weights are.
                 dtype = next(module.parameters()).dtype
-                values = replace(grids, values=grids.values.to(dtype))
-                results[i].append((head, module(hidden[None].to(dtype), image, values)))
+                floats = replace(grids, values=grids.values.to(dtype), states=grids.states.to(dtype))
+                regions = RegionBatch.unknown(image, image)
+                inputs = self.model.head_inputs(hidden[None].to(dtype), regions, floats)
+                results[i].append((head, module(inputs)))
         return results
 
     @torch.no_grad()

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from modeling.heads.grids import gather_patches
 from modeling.ops.boxes import centre_to_corners
-from modeling.types import FeatureGrids, HeadOutput
+from modeling.types import HeadInputs, HeadOutput
 
 
 class BoxHead(nn.Module):
@@ -27,16 +27,10 @@ class BoxHead(nn.Module):
         self.value = nn.Linear(grid_size, width)
         self.out = nn.Sequential(nn.Linear(2 * width + 4 * num_heads, width), nn.GELU(), nn.Linear(width, 4))
 
-    def forward(self, hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadOutput:
-        """Predict one box per anchor.
-
-        Args:
-            hidden: `r d`, states of the anchors.
-            image: `r`, which image each is about.
-            grids: features of all images.
-        """
-        values, valid, centre = gather_patches(grids, image)
-        query = self.query(hidden)
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        """Predict one box per anchor."""
+        values, valid, centre = gather_patches(inputs.grids, inputs.regions.image)
+        query = self.query(inputs.hidden)
         q, k, v = (
             x.unflatten(-1, (self.num_heads, -1)) for x in (query, self.key(values), self.value(values))
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modeling.heads.grids import regions_by_size
 from modeling.ops.patch import normalise_pixels
-from modeling.types import FeatureGrids, HeadOutput
+from modeling.types import HeadInputs, HeadOutput
 
 
 class MaskHead(nn.Module):
@@ -42,14 +42,9 @@ class MaskHead(nn.Module):
             nn.Linear(hidden_size, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels + 1)
         )
 
-    def forward(self, hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadOutput:
-        """Predict one mask per anchor at its image's size.
-
-        Args:
-            hidden: `r d`, states of the anchors.
-            image: `r`, which image each is about.
-            grids: features of all images.
-        """
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        """Predict one mask per anchor at its image's size."""
+        hidden, image, grids = inputs.hidden, inputs.regions.image, inputs.grids
         query, meant = self.query(hidden), self.meant(hidden)
         logits: list[tuple[int, Tensor]] = []
         for at, features, pixels, which in regions_by_size(grids, image):

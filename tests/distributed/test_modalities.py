@@ -62,8 +62,8 @@ def conversation(present: Present) -> list[Sample]:
         segments.append(Segment(kind="gen_image", pixels=picture(2), timestep=0.3, noise_seed=1))
     regions = []
     if "box" in present:
-        box = torch.tensor([0.1, 0.2, 0.5, 0.6])
-        regions.append(Region(head="box", segment=len(segments), token=0, image=0, box=box))
+        box = torch.tensor([[0.1, 0.2, 0.5, 0.6]])
+        regions.append(Region(head="box", segment=len(segments), token=0, image=0, boxes=box))
     if "mask" in present:
         mask = (picture(9)[0] > 127).to(torch.uint8)
         regions.append(Region(head="mask", segment=len(segments), token=2, image=0, mask=mask))

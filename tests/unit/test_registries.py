@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from data.dataset_info import DATASET_REGISTRY
 from data.packing import pack
@@ -19,12 +19,12 @@ from data.policy import POLICIES
 from data.sources import FORMATS
 from data.tokens import ANCHORS
 from data.transforms import TRANSFORMS, build_transform
-from data.types import Sample
+from data.types import EMPTY_PIXELS, RegionBatch, Sample
 from modeling.adapters import TARGETS, LoraSpec, add_adapters
 from modeling.bagel.bagel import Bagel
 from modeling.heads import HEADS
 from modeling.losses import LOSSES
-from modeling.types import FeatureGrids, LossTerm
+from modeling.types import FeatureGrids, HeadInputs, LossTerm
 from tests.unit.modeling.tiny import SPEC, SPECIAL, every_sample, made_up_latents, text_sample, tiny_model
 from train.args import LossArgs, ParamArgs
 from train.metrics import METRICS
@@ -86,12 +86,38 @@ def build_head(name: str) -> nn.Module:
     return HEADS[name](hidden_size=32, grid_size=24, patch_size=8)
 
 
+def inputs(hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadInputs:
+    """Regions of which nothing is known, as at inference."""
+    words = nn.Embedding(16, 32)
+    return HeadInputs(
+        hidden=hidden,
+        regions=RegionBatch.unknown(torch.zeros_like(image), image),
+        grids=grids,
+        embed=words,
+        vocabulary=nn.Linear(32, 16, bias=False),
+    )
+
+
 def random_grids() -> FeatureGrids:
     """Two pictures of 16x24 and 8x8 px."""
     pixels = torch.randint(0, 256, (7, 3 * 8 * 8), dtype=torch.uint8)
     return FeatureGrids(
-        values=torch.randn(7, 24, requires_grad=True), pixels=pixels, hw=((2, 3), (1, 1)), patch_size=8
+        values=torch.randn(7, 24, requires_grad=True),
+        states=torch.randn(7, 32, requires_grad=True),
+        pixels=pixels,
+        hw=((2, 3), (1, 1)),
+        patch_size=8,
+        views=(EMPTY_PIXELS, EMPTY_PIXELS),
     )
+
+
+NO_GRIDS = FeatureGrids(
+    values=torch.zeros(0, 24),
+    states=torch.zeros(0, 32),
+    pixels=torch.zeros(0, 192, dtype=torch.uint8),
+    hw=(),
+    patch_size=8,
+)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -99,7 +125,7 @@ def test_head_reads_states_and_grids(name: str) -> None:
     head, grids = build_head(name), random_grids()
     hidden = torch.randn(3, 32, requires_grad=True)
     image = torch.tensor([1, 0, 0])
-    output = head(hidden, image, grids)
+    output = head(inputs(hidden, image, grids))
     assert name in ANCHORS, "a head has its token in data/tokens.py"
     if output.mask_hw:
         assert output.mask_hw == ((8, 8), (16, 24), (16, 24)) and len(output.mask_logits) == 64 + 2 * 384
@@ -113,14 +139,9 @@ def test_head_reads_states_and_grids(name: str) -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_head_without_regions_gives_zero_gradients_not_none(name: str) -> None:
     head, nothing = build_head(name), torch.zeros(0, dtype=torch.int64)
-    for grids in (
-        random_grids(),
-        FeatureGrids(
-            values=torch.zeros(0, 24), pixels=torch.zeros(0, 192, dtype=torch.uint8), hw=(), patch_size=8
-        ),
-    ):
+    for grids in (random_grids(), NO_GRIDS):
         head.zero_grad()
-        output = head(torch.zeros(0, 32), nothing, grids)
+        output = head(inputs(torch.zeros(0, 32), nothing, grids))
         (output.boxes.sum() + output.mask_logits.sum()).backward()
         assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 

@@ -96,6 +96,7 @@ def pack_of(
         und_position=x.get("packed_vit_position_ids", none),
         und_index=x.get("packed_vit_token_indexes", none),
         und_hw=torch.tensor([[1, n] for n in lens], dtype=torch.int64).reshape(-1, 2),
+        und_views=(),
         gen_pixels=(),
         gen_hw=torch.tensor(shape.get("patchified_vae_latent_shapes", []), dtype=torch.int64).reshape(-1, 2),
         gen_position=x.get("packed_latent_position_ids", none),

@@ -110,8 +110,8 @@ def test_nothing_to_learn_is_refused(tokenizer):
 
 
 def test_anchors_point_at_their_tokens_and_pictures(tokenizer):
-    box, mask = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.ones(8, 8, dtype=torch.uint8)
-    first, second = Target(head="box", name="a", image=1, box=box), Target(head="mask", name="b", mask=mask)
+    box, mask = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.ones(8, 8, dtype=torch.uint8)
+    first, second = Target(head="box", name="a", image=1, boxes=box), Target(head="mask", name="b", mask=mask)
     turns = [human("<image><image>Where?"), gpt("at <BOX>, shape <SEG>", first, second)]
     sample = build_sample(turns, tokenizer, images=[und(1), und(2)], task="t")
     assert [(r.head, r.segment, r.image, r.name) for r in sample.regions] == [
@@ -121,12 +121,12 @@ def test_anchors_point_at_their_tokens_and_pictures(tokenizer):
     for region in sample.regions:
         token = sample.segments[region.segment].ids[region.token]
         assert token == tokenizer.special.anchors[region.head]
-    assert sample.regions[0].box is box and sample.regions[1].mask is mask
+    assert sample.regions[0].boxes is box and sample.regions[1].mask is mask
 
 
 def test_the_region_of_an_edit_names_the_understanding_picture(tokenizer):
     cond = Segment(kind="cond_image", pixels=torch.zeros(3, 16, 16, dtype=torch.uint8))
-    turns = [human("<image>"), gpt("<BOX>", Target(head="box", box=torch.tensor([0, 0, 1.0, 1.0])))]
+    turns = [human("<image>"), gpt("<BOX>", Target(head="box", boxes=torch.tensor([[0, 0, 1.0, 1.0]])))]
     sample = build_sample(turns, tokenizer, images=[(cond, *und(1))], task="t")
     assert sample.segments[sample.regions[0].image].kind == "und_image"
 

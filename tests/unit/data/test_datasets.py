@@ -345,7 +345,7 @@ def test_vqa_rows_with_objects(tokenizer):
     for seed in range(6):
         sample = sample_of(dataset, row, seed)
         box, mask = sorted(sample.regions, key=lambda r: r.head)
-        torch.testing.assert_close(box.box, torch.tensor([0.25, 0.25, 0.5, 0.75]))
+        torch.testing.assert_close(box.boxes[0], torch.tensor([0.25, 0.25, 0.5, 0.75]))
         assert (box.name, mask.name, box.image, mask.image) == ("the 7", "it", 0, 0)
         assert mask.mask.shape == sample.segments[0].pixels.shape[1:] == (16, 32)
         assert mask.mask[:, 16:].all() and not mask.mask[:, :16].any()
@@ -598,7 +598,7 @@ def test_referring_geometry(tokenizer):
     only_box = make(ReferDataset, tokenizer, mask_templates=[])
     assert (only_box.heads, make(ReferDataset, tokenizer).heads) == (("box",), ("box", "mask"))
     (region,) = sample_of(only_box, coco(annotation())).regions
-    torch.testing.assert_close(region.box, torch.tensor([16, 8, 18, 40]) / 64)
+    torch.testing.assert_close(region.boxes[0], torch.tensor([16, 8, 18, 40]) / 64)
     only_mask = make(ReferDataset, tokenizer, box_templates=[], mask_templates=["Cut out {ref}."])
     (region,) = sample_of(only_mask, coco(annotation(segmentation=[[0, 0, 31, 0, 31, 63, 0, 63]]))).regions
     assert region.mask.shape == (32, 32) and region.mask[:, :16].all() and not region.mask[:, 16:].any()
@@ -637,11 +637,11 @@ def test_referring_rows_ask_for_what_they_have(tokenizer):
     (region,) = sample_of(
         make(ReferRowDataset, tokenizer, mask_templates=[]), {**THING, "mask": mask}
     ).regions
-    torch.testing.assert_close(region.box, torch.tensor([0.25, 0.125, 0.75, 0.625]))
+    torch.testing.assert_close(region.boxes[0], torch.tensor([0.25, 0.125, 0.75, 0.625]))
     (region,) = sample_of(
         make(ReferRowDataset, tokenizer, bbox_format="xywh"), {**THING, "bbox": [16, 8, 32, 32]}
     ).regions
-    torch.testing.assert_close(region.box, torch.tensor([0.25, 0.125, 0.75, 0.625]))
+    torch.testing.assert_close(region.boxes[0], torch.tensor([0.25, 0.125, 0.75, 0.625]))
     for changes, reason in [
         ({"bbox": None}, "no_target"),
         ({"bbox": [1, 2]}, "bad_box"),

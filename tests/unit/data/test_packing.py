@@ -1,11 +1,11 @@
-"""Branches in a pack: where the positions of each start, and what the attention layout says of them."""
+"""Branches in a pack: where the positions of each start, and what the attention layout says of them. Regions and views."""
 
 from dataclasses import replace
 
 import torch
 
-from data.packing import pack
-from data.types import PackedBatch, Sample, Segment
+from data.packing import content_hash, pack
+from data.types import PackedBatch, Region, Sample, Segment
 from tests.unit.data.toy_groups import LAYOUT, SPECIAL
 
 
@@ -17,6 +17,34 @@ def text(tokens: int, branch: int = 0) -> Segment:
 PICTURE = Segment(
     kind="und_image", pixels=torch.zeros(3, 8, 16, dtype=torch.uint8)
 )  # 2 patches and 2 markers
+
+
+def test_regions_are_read_at_a_token_of_a_text_or_at_the_closing_token_of_their_picture() -> None:
+    boxes = torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.3, 0.3, 0.9, 0.9]])
+    phrases = (torch.tensor([11, 12]), torch.tensor([13]))
+    asked = Region(head="detr", segment=1, token=0, image=1, boxes=boxes, phrases=phrases)
+    empty = Region(head="detr", segment=1, token=0, image=1)
+    told = Region(head="box", segment=2, token=1, image=1, boxes=boxes[:1])
+    samples = [Sample(segments=(text(3), PICTURE, text(5)), regions=(r, told)) for r in (asked, empty, asked)]
+    regions = pack(samples, LAYOUT, SPECIAL).regions
+    # Of 12 tokens each: a text 0-2, a picture 3-6, a text 7-11 whose first token is at 8.
+    assert regions["detr"].anchor.tolist() == [6, 18, 30] and regions["box"].anchor.tolist() == [9, 21, 33]
+    assert regions["detr"].num_boxes.tolist() == [2, 0, 2] and regions["box"].num_boxes.tolist() == [1, 1, 1]
+    assert regions["detr"].box_region.tolist() == [0, 0, 2, 2]
+    torch.testing.assert_close(regions["detr"].boxes, torch.cat([boxes, boxes]))
+    assert regions["detr"].phrase_ids.tolist() == [11, 12, 13, 11, 12, 13]
+    assert (
+        regions["detr"].phrase_lens.tolist() == [2, 1, 2, 1]
+        and regions["box"].phrase_lens.tolist() == [0] * 3
+    )
+
+
+def test_views_stand_beside_their_pictures_and_count_in_the_hash() -> None:
+    view = torch.full((3, 4, 4), 7, dtype=torch.uint8)
+    batch = packed((PICTURE, replace(PICTURE, view=view)))
+    assert [v.shape[1] for v in batch.und_views] == [0, 4] and torch.equal(batch.und_views[1], view)
+    other = packed((PICTURE, replace(PICTURE, view=view + 1)))
+    assert content_hash(batch) != content_hash(other)
 
 
 def packed(*samples: tuple[Segment, ...]) -> PackedBatch:

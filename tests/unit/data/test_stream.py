@@ -263,7 +263,7 @@ def sample_with(**region):
 )
 def test_impossible_boxes_are_skipped(box):
     with pytest.raises(SkipSample, match="f:3: region 'the red 7': box") as e:
-        check_sample(sample_with(head="box", box=torch.tensor(box)))
+        check_sample(sample_with(head="box", boxes=torch.tensor([box])))
     assert e.value.reason == "bad_box"
 
 

@@ -28,9 +28,11 @@ def larger(batch: PackedBatch, rows: int) -> PackedBatch:
 def require_same(one: PackedBatch, other: PackedBatch) -> None:
     assert content_hash(one) == content_hash(other)
     assert all(torch.equal(a, b) for a, b in zip(one.gen_pixels, other.gen_pixels, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.und_views, other.und_views, strict=True))
     for field in fields(one):
         if not isinstance(getattr(one, field.name), torch.Tensor) and field.name not in (
             "gen_pixels",
+            "und_views",
             "regions",
         ):
             assert getattr(one, field.name) == getattr(other, field.name), field.name

@@ -107,7 +107,7 @@ def test_pack_mates_do_not_change_a_sample() -> None:
 
 def branched_sample() -> tuple[Sample, list[Sample]]:
     """Three independent questions about one picture, the second answered by a box; and each asked alone."""
-    box = Region(head="box", segment=4, token=0, image=0, box=torch.tensor([0.1, 0.2, 0.5, 0.6]))
+    box = Region(head="box", segment=4, token=0, image=0, boxes=torch.tensor([[0.1, 0.2, 0.5, 0.6]]))
     seen = Segment(kind="und_image", pixels=picture(1))
     exchanges = [
         (text(10, 11), text(12, supervised=True)),

@@ -77,7 +77,7 @@ def perception_sample() -> Sample:
             text(5, 12, 6, supervised=True),
         ),
         regions=(
-            Region(head="box", segment=2, token=0, image=0, box=torch.tensor([0.1, 0.2, 0.5, 0.6])),
+            Region(head="box", segment=2, token=0, image=0, boxes=torch.tensor([[0.1, 0.2, 0.5, 0.6]])),
             Region(head="mask", segment=2, token=2, image=0, mask=mask),
         ),
     )
