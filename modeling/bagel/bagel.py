@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.types import PackedBatch, RegionBatch
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.connectors import Absent, Connector, PositionTable, TimestepEmbedder
-from modeling.heads import HEADS
+from modeling.heads import build_head
 from modeling.ops.attention import AttentionPlan
 from modeling.ops.attention_backends import ATTENTION
 from modeling.ops.patch import normalise_pixels
@@ -53,11 +53,12 @@ class Bagel(nn.Module):
         self.vit_pos_embed = und(width, lambda: PositionTable(config.vit_max_num_patch_per_side, width))
         self.heads = nn.ModuleDict(
             {
-                name: HEADS[name](
+                name: build_head(
+                    name,
+                    options,
                     hidden_size=width,
                     grid_size=config.vit.hidden_size,
                     patch_size=config.vit.patch_size,
-                    **options,
                 )
                 for name, options in config.heads.items()
             }

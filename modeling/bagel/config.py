@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.layout import LayoutSpec
+from modeling.heads import head_class
 from modeling.qwen2.config import Qwen2Config
 from modeling.siglip.config import SiglipConfig
 
@@ -19,9 +20,13 @@ class BagelConfig:
         latent_patch_size: latent cells per side that make one token.
         vae_downsample: pixels per latent cell.
         max_latent_size, vit_max_num_patch_per_side: sides of the two position tables.
-        heads: perception head name -> its options.
+        heads: what a perception head predicts (`box`, `mask`) -> its `type`, a row of HEADS (left out: the row of that name), and
+            that row's options.
         visual_gen, visual_und: whether pictures can be made, and seen: without, the parts for it are not there.
         head_reads: the state a head reads: of the anchor token itself (`self`) or of the token that predicts it (`previous`).
+
+    Raises:
+        ValueError: if `heads` names a type or an option that there is not.
     """
 
     llm: Qwen2Config
@@ -37,6 +42,10 @@ class BagelConfig:
     visual_und: bool = True
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head_reads: Literal["self", "previous"] = "self"
+
+    def __post_init__(self) -> None:
+        for name, options in self.heads.items():
+            head_class(name, options)
 
     @property
     def latent_token_width(self) -> int:

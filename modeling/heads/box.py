@@ -5,17 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.heads.grids import gather_patches
+from modeling.heads.head import PerceptionHead
 from modeling.ops.boxes import centre_to_corners
 from modeling.types import HeadInputs, HeadOutput
 
 
-class BoxHead(nn.Module):
+class BoxHead(PerceptionHead):
     """The anchor's state looks for its object in the grid; what it sees there, and where, gives the box.
 
     Each of `num_heads` queries makes a map over the patches. The maps' means and spreads of place, and the features
     gathered with them, go through an MLP to a size and to a correction of the centre, which starts at the mean of the first map:
     looking at the right place is then already a box, and the gradient says where to look from the first step on.
     """
+
+    predicts = "box"
 
     def __init__(
         self, *, hidden_size: int, grid_size: int, patch_size: int, width: int = 128, num_heads: int = 4

@@ -6,17 +6,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modeling.heads.grids import regions_by_size
+from modeling.heads.head import PerceptionHead
 from modeling.ops.patch import normalise_pixels
 from modeling.types import HeadInputs, HeadOutput
 
 
-class MaskHead(nn.Module):
+class MaskHead(PerceptionHead):
     """Which patches are meant, plus which pixels in them: two dot products with the anchor's state, added as logits.
 
     The first is with the grid's own features, wide enough to tell any two things apart. The second is with few fine features, at
     `stride` pixels, which come from the grid (each patch unfolds into its cells) and from a shallow look at the pixels: it
     carries the edges that the tower's last layer has smoothed away.
     """
+
+    predicts = "mask"
 
     def __init__(
         self,
