@@ -83,7 +83,9 @@ def build_state(
     if complete is not None:
         complete(model, values, world.device)
     scale = lr_scale(args.params, args.tokens_per_step(world.size))
-    optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr, scale), args.optim)
+    by_muon = args.optim.optimizer == "muon"
+    groups = optimizer_groups(model, args.params, args.optim.lr, scale, matrices=by_muon)
+    optimizer = build_optimizer(groups, args.optim)
     ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
     return TrainState.create(model, optimizer, ema, args.data.num_lanes, demands, LossScale.build(args.fsdp))
 

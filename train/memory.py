@@ -15,7 +15,7 @@ from modeling.adapters import target_pattern
 from modeling.bagel.bagel import Bagel
 from modeling.quantised import DTYPES, Precision
 from train.args import Args
-from train.param_manager import frozen_groups, group_of
+from train.param_manager import by_muon, frozen_groups, group_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +75,11 @@ def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
             for layer in _layers(model, lora.quant_target, "--quant_target"):
                 few_bits += layer.weight.numel()
                 bytes_few_bits += kind.bytes_of(layer.out_features, layer.in_features)
-    trained, frozen = adapters, -few_bits
+    trained, frozen, second_moments = adapters, -few_bits, adapters
     for name, p in model.named_parameters():
         if p.requires_grad and group_of(name) not in still:
             trained += p.numel()
+            second_moments += 0 if args.optim.optimizer == "muon" and by_muon(name, p) else p.numel()
         else:
             frozen += p.numel()
     kept = trained * 4 + frozen * DTYPES[args.params.frozen_dtype].itemsize
@@ -89,7 +90,7 @@ def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
         adapters=adapters,
         weights=kept // shards + bytes_few_bits,
         gradients=trained * 4 // shards,
-        moments=trained * 8 // shards,
+        moments=(trained + second_moments) * 4 // shards,
         averages=trained * 4 // shards,
         weights_few_bits=bytes_few_bits,
     )

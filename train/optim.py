@@ -1,33 +1,54 @@
-"""AdamW and the learning rate of every step. The schedule is a function of the step, so it has no state to save."""
+"""The optimizer and the learning rate of every step. The schedule is a function of the step, so it has no state to save."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.args import OptimArgs
+from train.muon import Muon
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> torch.optim.AdamW:
-    """AdamW over parameter groups.
+    """AdamW, or Muon for those of its groups that hold matrices.
 
     Args:
-        groups: each with `name`, `params` and `peak_lr` (`train.param_manager.optimizer_groups`).
+        groups: each with `name`, `params` and `peak_lr` (`train.param_manager.optimizer_groups`); `matrices` where Muon is meant.
         args: moments, eps, decay.
 
     Returns:
         the optimizer; `set_learning_rates` has to run before its first step.
     """
     # Fused: one call for all parameters. The loop over single tensors costs more than the arithmetic on small models.
-    return torch.optim.AdamW(
-        [dict(group) for group in groups],
-        lr=args.lr,
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    adamw: dict[str, Any] = {
+        "lr": args.lr,
+        "betas": (args.beta1, args.beta2),
+        "eps": args.eps,
+        "weight_decay": args.weight_decay,
+        "fused": True,
+    }
+    if args.optimizer == "muon":
+        return Muon(groups, momentum=args.muon_momentum, **adamw)
+    return torch.optim.AdamW([dict(group) for group in groups], **adamw)
+
+
+def kept_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter; made, with the values it would give it, where it has not stepped yet."""
+    entry: dict[str, Tensor] = optimizer.state[p]
+    if not entry:
+        if not group.get("matrices"):
+            entry["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        entry.update({moment: torch.zeros_like(p) for moment in MOMENTS[: moments_kept(group)]})
+    return entry
+
+
+def moments_kept(group: Mapping[str, Any]) -> int:
+    """How many moments are kept of every weight of a group."""
+    return 1 if group.get("matrices") else len(MOMENTS)
 
 
 def lr_factor(step: int, args: OptimArgs) -> float:

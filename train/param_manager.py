@@ -61,6 +61,9 @@ PARAM_GROUPS: Mapping[str, ParamGroup] = {
     "mask": ParamGroup(pattern=r"heads\.mask\.", freeze=("freeze_mask",), lr=("mask_lr",)),
 }
 
+MIN_SIDE = 64
+"""Below, an orthogonal update has too few directions to be worth its products."""
+
 EMBEDDING = re.compile(r"\.(embed_tokens|position_embedding)\.weight$")
 
 
@@ -147,7 +150,7 @@ def _fingerprint(p: Tensor) -> bytes:
 
 
 def optimizer_groups(
-    model: nn.Module, args: ParamArgs, lr: float, scale: float = 1.0
+    model: nn.Module, args: ParamArgs, lr: float, scale: float = 1.0, *, matrices: bool = False
 ) -> list[dict[str, object]]:
     """The trainable parameters by group, as `train.optim.build_optimizer` takes them; empty groups are left out.
 
@@ -156,30 +159,44 @@ def optimizer_groups(
         args: what is trained.
         lr: `--lr`.
         scale: of every rate (`lr_scale`).
+        matrices: tell what Muon moves (`by_muon`) from the rest.
 
     Returns:
-        each with `name`, `params` and `peak_lr`. With `--no_decay_norm_bias` a group may be there twice, the second time with
-        `weight_decay` 0.
+        each with `name`, `params`, `peak_lr` and whether it is of `matrices`. With `--no_decay_norm_bias` a group may be there
+        once more, with `weight_decay` 0.
 
     Raises:
         ValueError: if a trainable parameter is in no group.
     """
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             spared = args.no_decay_norm_bias and is_spared_decay(name, p)
-            members.setdefault((_require_group(name), spared), []).append(p)
+            apart = matrices and by_muon(name, p)
+            members.setdefault((_require_group(name), spared, apart), []).append(p)
     return [
         {
             "name": group,
-            "params": members[group, spared],
+            "params": members[group, spared, apart],
             "peak_lr": _rate(group, args, lr) * scale,
+            "matrices": apart,
             **({"weight_decay": 0.0} if spared else {}),
         }
         for group in PARAM_GROUPS
         for spared in (False, True)
-        if (group, spared) in members
+        for apart in (False, True)
+        if (group, spared, apart) in members
     ]
+
+
+def by_muon(name: str, p: Tensor) -> bool:
+    """Whether Muon moves a parameter: a matrix with both sides of `MIN_SIDE` or more, no embeddings and no output layer."""
+    return (
+        p.ndim == 2
+        and min(p.shape) >= MIN_SIDE
+        and EMBEDDING.search(name) is None
+        and group_of(name) != "embeddings"
+    )
 
 
 def is_spared_decay(name: str, p: Tensor) -> bool:

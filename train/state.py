@@ -17,8 +17,7 @@ from data.types import Amount, LaneCursor, Reject, amounts_from_json, amounts_to
 from train.distributed.collectives import gather_objects, rank, world_size
 from train.ema import Ema
 from train.loss_scale import LossScale
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from train.optim import kept_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,11 +119,8 @@ class TrainState:
         tensors = {}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                entry = self.optimizer.state[p]
-                if not entry:
-                    entry["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    entry.update({moment: torch.zeros_like(p) for moment in MOMENTS})
-                tensors.update({f"optim.{key}.{names[p]}": entry[key] for key in ("step", *MOMENTS)})
+                kept = kept_of(self.optimizer, group, p)
+                tensors.update({f"optim.{key}.{names[p]}": x for key, x in kept.items()})
         return tensors
 
     def tensors(self, *, moments: bool = True) -> dict[str, Tensor]:

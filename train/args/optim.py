@@ -22,10 +22,14 @@ class OptimArgs:
     )
     warmup_steps: int = flag(2000, "Steps in which the learning rate rises from 0.", low=0)
     total_steps: int = flag(500_000, "Optimizer steps of the whole run.", low=1)
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "adamw; muon: orthogonal updates for matrices (both sides 64 or more), AdamW for all else."
+    )
+    muon_momentum: float = flag(0.95, "Muon: decay of the momentum.", low=0, high=1)
     beta1: float = flag(0.9, "AdamW: decay of the first moment.", low=0, high=1)
     beta2: float = flag(0.95, "AdamW: decay of the second moment.", low=0, high=1)
     eps: float = flag(1e-15, "AdamW: added to the denominator.", low=0)
-    weight_decay: float = flag(0.0, "AdamW: decoupled weight decay.", low=0)
+    weight_decay: float = flag(0.0, "Decoupled weight decay.", low=0)
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this joint L2 norm; 0 never.", low=0)
     ema: float = flag(0.9999, "Decay of the weights' moving average.", low=0, high=1)
     ema_warmup: bool = flag(
