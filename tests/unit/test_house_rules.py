@@ -35,6 +35,7 @@ CORE = {
 OPTIONAL = (
     "torchvision", "timm", "diffusers", "peft", "bitsandbytes", "liger_kernel", "flash_attn", "sklearn", "skimage", "scipy",
     "matplotlib", "wandb", "pycocotools", "pyarrow", "av", "numba", "simplejpeg", "isal",
+    "pydicom", "nibabel", "faster_coco_eval",
 )  # fmt: skip
 
 WRITTEN = (
