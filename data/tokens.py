@@ -13,6 +13,8 @@ BEGIN, END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END = "<|vision_start|>", "<|vision_end|>"
 ANCHORS = {"box": "<BOX>", "mask": "<SEG>"}
 """Perception head -> the token whose hidden state it reads."""
+PICTURE_HEADS = ("detr",)
+"""Perception heads that read their picture's closing token: they look for things without being told by a token."""
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE_START, IMAGE_END, *ANCHORS.values())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,45 @@ class HeadOutput:
     mask_hw: tuple[tuple[int, int], ...] = ()
 
 
+class DetrStage(NamedTuple):
+    """What the queries of a detector say after one of its layers.
+
+    Attributes:
+        logits: `r q c` float32: of an object, of each class, or of these and "no object" as the last.
+        boxes: `r q 4` float32 cx cy w h in [0, 1].
+        valid: `r q` bool; False where a small picture has no cell.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetrOutput:
+    """What a detector says of the pictures of its `r` regions.
+
+    Attributes:
+        stages: from the first look to the answer, which is the last.
+        matched: per stage `b` int64, which prediction stands for each true box: `region x q + query`; -1: none is left for it.
+        classes: `b` int64, of the true boxes; 0 where there is no table.
+        no_object_weight: of `DetrHead`.
+        states: `r q d`, of the last stage's queries.
+        picture: what they looked at, for phrases at inference.
+        phrase_states: `t e`, from which the vocabulary tells each token of the true phrases; 0 rows of a head without words.
+        phrase_known: `t` bool, whether the phrase's box has a prediction.
+    """
+
+    stages: tuple[DetrStage, ...]
+    matched: tuple[Tensor, ...]
+    classes: Tensor
+    no_object_weight: float | None
+    states: Tensor
+    picture: tuple[Tensor, ...]
+    phrase_states: Tensor
+    phrase_known: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOutput:
     """Predictions of one forward pass; the model computes no loss.
@@ -80,7 +120,7 @@ class ModelOutput:
         velocity: `l (p p z)`, at every latent patch.
         gen_stream: `l d`, the trunk's state of every latent patch before the final norm; for inference, without gradient.
         grids: the understanding images' features.
-        heads: per perception head of the model.
+        heads: per perception head of the model, `HeadOutput` or what else it gives.
     """
 
     hidden: Tensor
@@ -89,7 +129,7 @@ class ModelOutput:
     velocity: Tensor
     gen_stream: Tensor
     grids: FeatureGrids
-    heads: Mapping[str, HeadOutput] = field(default_factory=dict)
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def logits(self) -> Tensor:

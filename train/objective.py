@@ -65,7 +65,11 @@ class Objective:
     def means(self, totals: Tensor, counts: Sequence[float]) -> dict[str, float]:
         """Loss name -> mean; 0 where there was none."""
         rows = zip(self.weights, totals.tolist(), counts, strict=True)
-        return {name: total / count if count else 0.0 for name, total, count in rows}
+        return {name: self._divided(name, total, count) for name, total, count in rows}
+
+    def _divided(self, name: str, value: float, count: float) -> float:
+        divisor = max(count, self.losses[name].least)
+        return value / divisor if divisor else 0.0
 
     def scalar(self, terms: tuple[LossTerm, ...], divisor: Tensor) -> Tensor:
         """What this pack adds to the step's loss.
@@ -76,7 +80,7 @@ class Objective:
         """
         # With fp16 the scaled factor goes back through the model: a stand-in for 0 would make it infinite.
         parts = [
-            term.total * (self.weights[term.name] / count if count else 0.0)
+            term.total * self._divided(term.name, self.weights[term.name], count)
             for term, count in zip(terms, divisor.tolist(), strict=True)
         ]
         return torch.stack([p.float() for p in parts]).sum()

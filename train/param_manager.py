@@ -59,6 +59,10 @@ PARAM_GROUPS: Mapping[str, ParamGroup] = {
     ),
     "box": ParamGroup(pattern=r"heads\.box\.", freeze=("freeze_box",), lr=("box_lr",)),
     "mask": ParamGroup(pattern=r"heads\.mask\.", freeze=("freeze_mask",), lr=("mask_lr",)),
+    "detr_adapter": ParamGroup(
+        pattern=r"heads\.detr\.adapters\.", freeze=("freeze_detr",), lr=("detr_adapter_lr", "detr_lr")
+    ),
+    "detr": ParamGroup(pattern=r"heads\.detr\.", freeze=("freeze_detr",), lr=("detr_lr",)),
 }
 
 MIN_SIDE = 64

@@ -9,8 +9,11 @@ from torch import Tensor
 from modeling.bagel.config import BagelConfig
 from modeling.ops.patch import sincos_table
 
-ZERO_START = ("llm2vae.", "heads.box.out.2.")
-"""The velocity, and the box head's corrections, start at nothing."""
+ZERO_START = (
+    "llm2vae.", "heads.box.out.2.", "heads.detr.box.4.", "heads.detr.cell_box.4.",
+    "heads.detr.adapters.grid.up.", "heads.detr.adapters.states.up.",
+)  # fmt: skip
+"""The velocity, what the box head and the detector correct, and the detector's adapters start at nothing."""
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "out_proj", "fc2")
 
 

@@ -10,12 +10,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from modeling.heads.box import BoxHead
+from modeling.heads.detr import DetrHead
 from modeling.heads.head import PerceptionHead
 from modeling.heads.mask import MaskHead
 
 HEADS: dict[str, type[PerceptionHead]] = {
     "box": BoxHead,
     "mask": MaskHead,
+    "detr": DetrHead,
 }
 
 

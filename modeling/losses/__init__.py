@@ -10,6 +10,15 @@ from dataclasses import dataclass
 
 from data.types import PackedBatch
 from modeling.losses.boxes import box_giou, box_l1, boxes
+from modeling.losses.detection import (
+    det_caption,
+    det_giou,
+    det_l1,
+    det_objectness,
+    detected,
+    phrase_tokens,
+    pictures,
+)
 from modeling.losses.flow import flow_error, noised_tokens
 from modeling.losses.masks import mask_bce, mask_dice, masks
 from modeling.losses.text import cross_entropy, cross_entropy_reweighted, labels, weighted_labels
@@ -18,11 +27,15 @@ from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`values` sums over the pack; `things` says, from the batch alone, over what; `head` is the perception head needed."""
+    """`values` sums over the pack; `things` says, from the batch alone, over what; `head` is the perception head needed.
+
+    `least`: what it is divided by at least, where it has something to say about a step in which nothing counts.
+    """
 
     values: Callable[[ModelOutput, PackedBatch, FlowState], LossValues]
     things: Callable[[PackedBatch], Things]
     head: str | None = None
+    least: float = 0.0
 
 
 LOSSES: dict[str, Loss] = {
@@ -33,4 +46,8 @@ LOSSES: dict[str, Loss] = {
     "box_giou": Loss(box_giou, boxes, "box"),
     "mask_bce": Loss(mask_bce, masks, "mask"),
     "mask_dice": Loss(mask_dice, masks, "mask"),
+    "det_objectness": Loss(det_objectness, pictures, "detr", least=1.0),
+    "det_l1": Loss(det_l1, detected, "detr"),
+    "det_giou": Loss(det_giou, detected, "detr"),
+    "det_caption": Loss(det_caption, phrase_tokens, "detr"),
 }

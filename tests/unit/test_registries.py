@@ -4,8 +4,9 @@ Datasets and metrics have the deeper sweeps over their tables in data/test_datas
 """
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,15 @@ from data.dataset_info import DATASET_REGISTRY
 from data.packing import pack
 from data.policy import POLICIES
 from data.sources import FORMATS
-from data.tokens import ANCHORS
+from data.tokens import ANCHORS, PICTURE_HEADS
 from data.transforms import TRANSFORMS, build_transform
 from data.types import EMPTY_PIXELS, RegionBatch, Sample
 from modeling.adapters import TARGETS, LoraSpec, add_adapters
 from modeling.bagel.bagel import Bagel
 from modeling.heads import HEADS
 from modeling.losses import LOSSES
-from modeling.types import FeatureGrids, HeadInputs, LossTerm
+from modeling.qwen2.model import Vocabulary
+from modeling.types import DetrOutput, FeatureGrids, HeadInputs, LossTerm
 from tests.unit.modeling.tiny import SPEC, SPECIAL, every_sample, made_up_latents, text_sample, tiny_model
 from train.args import LossArgs, ParamArgs
 from train.metrics import METRICS
@@ -86,16 +88,30 @@ def build_head(name: str) -> nn.Module:
     return HEADS[name](hidden_size=32, grid_size=24, patch_size=8)
 
 
-def inputs(hidden: Tensor, image: Tensor, grids: FeatureGrids) -> HeadInputs:
-    """Regions of which nothing is known, as at inference."""
-    words = nn.Embedding(16, 32)
+def inputs(hidden: Tensor, image: Tensor, grids: FeatureGrids, *, known: bool = False) -> HeadInputs:
+    """Regions of which nothing is known, as at inference; or a named box in each."""
+    regions = RegionBatch.unknown(torch.zeros_like(image), image)
+    if known:
+        one = torch.ones_like(image)
+        boxes = torch.tensor([[0.1, 0.2, 0.6, 0.7]]).expand(len(image), -1)
+        regions = replace(
+            regions, boxes=boxes, num_boxes=one, phrase_ids=3 * one.repeat(2), phrase_lens=2 * one
+        )
     return HeadInputs(
         hidden=hidden,
-        regions=RegionBatch.unknown(torch.zeros_like(image), image),
+        regions=regions,
         grids=grids,
-        embed=words,
-        vocabulary=nn.Linear(32, 16, bias=False),
+        embed=nn.Embedding(16, 32),
+        vocabulary=Vocabulary(32, 16, bias=False),
     )
+
+
+def learnt(output: Any) -> Tensor:
+    """Squares of everything in a head's output that has a gradient, summed."""
+    if isinstance(output, Tensor):
+        return output.square().sum() if output.requires_grad else torch.zeros(())
+    parts = [getattr(output, f.name) for f in fields(output)] if is_dataclass(output) else output
+    return sum((learnt(x) for x in parts if isinstance(x, (Tensor, tuple))), torch.zeros(()))
 
 
 def random_grids() -> FeatureGrids:
@@ -125,13 +141,15 @@ def test_head_reads_states_and_grids(name: str) -> None:
     head, grids = build_head(name), random_grids()
     hidden = torch.randn(3, 32, requires_grad=True)
     image = torch.tensor([1, 0, 0])
-    output = head(inputs(hidden, image, grids))
-    assert HEADS[name].predicts in ANCHORS, "what a head predicts has its token in data/tokens.py"
-    if output.mask_hw:
+    output = head(inputs(hidden, image, grids, known=True))
+    assert HEADS[name].predicts in {*ANCHORS, *PICTURE_HEADS}, "data/tokens.py says what it reads"
+    if isinstance(output, DetrOutput):
+        assert all(bool(((s.boxes >= 0) & (s.boxes <= 1)).all()) for s in output.stages)
+    elif output.mask_hw:
         assert output.mask_hw == ((8, 8), (16, 24), (16, 24)) and len(output.mask_logits) == 64 + 2 * 384
     else:
         assert output.boxes.shape == (3, 4) and bool(((output.boxes >= 0) & (output.boxes <= 1)).all())
-    (output.boxes.square().sum() + output.mask_logits.square().sum()).backward()
+    learnt(output).backward()
     for what, x in (("state", hidden), ("grid", grids.values), *head.named_parameters()):
         assert x.grad is not None and bool(x.grad.any()), f"no gradient reaches {what}"
 
@@ -142,7 +160,7 @@ def test_head_without_regions_gives_zero_gradients_not_none(name: str) -> None:
     for grids in (random_grids(), NO_GRIDS):
         head.zero_grad()
         output = head(inputs(torch.zeros(0, 32), nothing, grids))
-        (output.boxes.sum() + output.mask_logits.sum()).backward()
+        learnt(output).backward()
         assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 

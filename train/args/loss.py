@@ -16,6 +16,12 @@ class LossArgs:
     box_giou_weight: float = flag(1.0, "Weight of the boxes' 1 - GIoU.", low=0)
     mask_bce_weight: float = flag(1.0, "Weight of the masks' binary cross-entropy.", low=0)
     mask_dice_weight: float = flag(1.0, "Weight of the masks' Dice loss.", low=0)
+    det_objectness_weight: float = flag(
+        2.0, "Weight of a detector's objectness, per true box and layer.", low=0
+    )
+    det_l1_weight: float = flag(5.0, "Weight of a detector's L1 distance, per true box and layer.", low=0)
+    det_giou_weight: float = flag(2.0, "Weight of a detector's 1 - GIoU, per true box and layer.", low=0)
+    det_caption_weight: float = flag(1.0, "Weight of the cross-entropy of a detector's phrases.", low=0)
     loss_divisor: Literal["step", "micro_batch"] = flag(
         "step",
         "`step`: each loss is divided by its count over all ranks and micro-batches of a step; `micro_batch`, as published: each "
@@ -42,4 +48,8 @@ class LossArgs:
             "box_giou": self.box_giou_weight,
             "mask_bce": self.mask_bce_weight,
             "mask_dice": self.mask_dice_weight,
+            "det_objectness": self.det_objectness_weight,
+            "det_l1": self.det_l1_weight,
+            "det_giou": self.det_giou_weight,
+            "det_caption": self.det_caption_weight,
         }

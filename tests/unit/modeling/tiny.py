@@ -20,10 +20,13 @@ from modeling.types import FlowState
 SPECIAL = SpecialTokens(begin=1, end=2, image_start=3, image_end=4, anchors={"box": 5, "mask": 6})
 SPEC = LayoutSpec(vit_patch_size=8, vit_positions_per_side=8, latent_stride=16, latent_positions_per_side=4)
 LATENT_WIDTH = 64
+TINY_DETR = {
+    "width": 16, "num_heads": 2, "num_layers": 2, "feed_forward": 32, "num_queries": 5, "caption_layers": 1,
+}  # fmt: skip
 
 
 def tiny_config(head_reads: str = "self", **llm) -> BagelConfig:
-    """Sizes that run in milliseconds; grouped queries, both heads."""
+    """Sizes that run in milliseconds; grouped queries, every head."""
     sizes = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 64, "initializer_range": 0.2,
@@ -40,7 +43,7 @@ def tiny_config(head_reads: str = "self", **llm) -> BagelConfig:
         ),
         max_latent_size=4,
         vit_max_num_patch_per_side=8,
-        heads={"box": {"width": 16}, "mask": {"channels": 8}},
+        heads={"box": {"width": 16}, "mask": {"channels": 8}, "detr": TINY_DETR},
         head_reads=head_reads,  # type: ignore[arg-type]
     )
 
@@ -83,6 +86,20 @@ def perception_sample() -> Sample:
     )
 
 
+def detection_sample() -> Sample:
+    """An instruction, a picture with two named objects, what is said of it."""
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.5, 0.1, 0.9, 0.4]])
+    phrases = (torch.tensor([30, 31, 2]), torch.tensor([32, 2]))
+    return Sample(
+        segments=(
+            text(10, 11),
+            Segment(kind="und_image", pixels=picture(7)),
+            text(15, 16, supervised=True),
+        ),
+        regions=(Region(head="detr", segment=1, token=0, image=1, boxes=boxes, phrases=phrases),),
+    )
+
+
 def drawing_sample() -> Sample:
     """Text to image."""
     return Sample(
@@ -108,7 +125,7 @@ def text_sample() -> Sample:
 
 
 def every_sample() -> list[Sample]:
-    return [perception_sample(), drawing_sample(), editing_sample(), text_sample()]
+    return [perception_sample(), detection_sample(), drawing_sample(), editing_sample(), text_sample()]
 
 
 def made_up_latents(batch: PackedBatch) -> FlowState:
