@@ -18,7 +18,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inference_pipeline.figures import compute_statistics, figure_lines, mean
+from inference_pipeline.parts import (
+    Progress,
+    Settings,
+    add_model_flags,
+    parse_with_parts,
+    part_file,
+    pin,
+    read_parts,
+    read_rows,
+    weights_of,
+)
 from inference_pipeline.questions import READERS, Question, read_questions
 from inference_pipeline.scoring import Output, Rules, result_row, score
 from train.files import replace_text
@@ -33,9 +43,6 @@ from train.metrics.digits import DigitJudge, measure
 
 if TYPE_CHECKING:  # evaluating needs the model's code, merging parts does not
     from inference_pipeline.inferencer import Inferencer
-
-Rows = dict[str, dict[str, Any]]
-Settings = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,18 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; a value that cannot work stops the program here."""
     parser = argparse.ArgumentParser(description="evaluate a model directory on the quickstart's files")
-    parser.add_argument(
-        "--model_path", type=Path, required=True, help="model directory in the published layout"
-    )
-    parser.add_argument("--adapter", type=Path, help="adapters trained on it, as a run or PEFT leaves them")
+    add_model_flags(parser)
     parser.add_argument("--model_id", default="", help="name in tables; default: name of the model directory")
     parser.add_argument(
         "--data_dir", type=Path, required=True, help="directory with vqa_SPLIT.jsonl, refer_SPLIT.json, ..."
     )
     parser.add_argument("--split", default="test")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", default=",".join(READERS), help="comma-separated; default: all")
     parser.add_argument("--num_samples", type=int, default=-1, help="at most so many of each task; -1 = all")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -104,20 +106,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cfg_renorm_type", choices=("global", "channel", "text_channel"), default="global"
     )
     sampling.add_argument("--timestep_shift", type=float, default=1.0)
-    parts = parser.add_argument_group("several processes")
-    parts.add_argument("--shard", type=int, default=0)
-    parts.add_argument("--num_shards", type=int, default=1)
-    parts.add_argument(
-        "--merge", action="store_true", help="combine all parts in --output_dir and write the statistics"
-    )
-    args = parser.parse_args(argv)
-    if not 0 <= args.shard < args.num_shards:
-        parser.error(
-            f"--shard must be from 0 to {args.num_shards - 1} (--num_shards {args.num_shards}), not {args.shard}"
-        )
-    if args.batch_size < 1:
-        parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
-    return args
+    return parse_with_parts(parser, argv)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -125,7 +114,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(questions: Sequence[Question], rules: Rules, args: argparse.Namespace) -> None:
     """Ask every question that has no row yet and append the rows, a batch at a time."""
-    part = args.output_dir / (f"results.{args.shard}.jsonl" if args.num_shards > 1 else "results.jsonl")
+    part = part_file(args)
     done = {sample_id for sample_id, row in read_rows(part).items() if not row["missing"]}
     # Batches are cut before finished samples are left out: a resumed run forms the same batches, hence the same noise.
     waiting = [
@@ -211,78 +200,14 @@ ASK: Mapping[str, Callable[["Inferencer", Sequence[Question], argparse.Namespace
 }
 
 
-@dataclass(kw_only=True)
-class Progress:
-    """One line per batch, at most one per second: how many are done, how fast, how long it will take."""
-
-    total: int
-    label: str = ""
-    done: int = 0
-    start: float = 0.0
-    shown: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.start = time.monotonic()
-
-    def advance(self, count: int, task: str) -> None:
-        """Count finished samples and perhaps print."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.shown < 1.0 and self.done < self.total:
-            return
-        self.shown = now
-        speed = self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / speed
-        print(
-            f"{self.label}{task:<5} {self.done}/{self.total} samples, {speed:.1f}/s, "
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------ the files
-
-
-def read_rows(path: Path) -> Rows:
-    """The rows of a results file by sample id. A last line that a kill cut short is removed from the file.
-
-    Raises:
-        ValueError: naming the line, if one before the last cannot be read.
-    """
-    if not path.exists():
-        return {}
-    rows: Rows = {}
-    end = 0
-    with path.open("rb") as file:
-        lines = file.readlines()
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            rows[row["sample_id"]] = row
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            if number < len(lines) - 1:
-                raise ValueError(
-                    f"{path}:{number + 1}: not a result row; remove the line or the file"
-                ) from None
-            break
-        if not line.endswith(b"\n"):
-            del rows[row["sample_id"]]
-            break
-        end += len(line)
-    if end < path.stat().st_size:
-        with path.open("r+b") as file:
-            file.truncate(end)
-    return rows
 
 
 def write_statistics(
     questions: Sequence[Question], rules: Rules, output_dir: Path, settings: Settings
 ) -> dict[str, Any]:
     """Bring all rows into results.jsonl, in the order of the questions, and write statistics.json."""
-    found: Rows = {}
-    # An earlier merge first: what a part holds is newer than the failures written in its place then.
-    for part in [output_dir / "results.jsonl", *sorted(output_dir.glob("results.*.jsonl"))]:
-        found |= read_rows(part)
+    found = read_parts(output_dir)
     absent = [q.sample_id for q in questions if q.sample_id not in found]
     if absent:
         print(
@@ -302,31 +227,14 @@ def pin_settings(args: argparse.Namespace) -> Settings:
         ValueError: if the weights are not there, or --output_dir holds rows that were made otherwise, naming a difference.
     """
     where = {"data_dir", "output_dir", "shard", "num_shards", "merge", "model_path", "adapter", "device"}
-    weights, called = args.model_path / f"{args.weights}.safetensors", args.model_path.resolve().name
-    if args.adapter is not None:
-        from modeling import adapters
-
-        weights = adapters.find_adapter(args.adapter, args.weights) / adapters.WEIGHTS
-        called = f"{called}+{args.adapter.resolve().parent.name}"
-    if not weights.is_file():  # settings pinned without them would refuse the corrected command
-        raise ValueError(f"{weights}: no weights here; --model_path must name a trained or exported model")
+    weights, called = weights_of(args)
     settings = {
         **{name: value for name, value in sorted(vars(args).items()) if name not in where},
         "model_id": args.model_id or called,
         "cfg_interval": list(args.cfg_interval),
         "weights_modified": weights.stat().st_mtime_ns,
     }
-    file = args.output_dir / "evaluation_settings.json"
-    if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if kept.get(name) != value:
-                raise ValueError(
-                    f"{args.output_dir}: holds results with {name} {kept.get(name)}, now it is {value}; "
-                    "remove the directory or give another --output_dir"
-                )
-    else:
-        replace_text(file, json.dumps(settings, indent=2) + "\n")
+    pin(settings, args.output_dir)
     return settings
 
 
