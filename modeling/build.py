@@ -17,6 +17,7 @@ from modeling.adapters import Adapter, open_adapter
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.init import fixed_tables, initial_value
+from modeling.heads import head_class
 from modeling.huggingface import EMBEDDINGS, HEAD, is_huggingface, llm_weights, vit_weights
 from modeling.qwen2.mot import GEN
 from modeling.source import TABLES, ModelSource, read_source
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 Values = Callable[[str, torch.Size], Tensor]
 """(name of a parameter, its full shape) -> its full value."""
 Shapes = Mapping[str, tuple[int, ...]]
+MASK = "heads.mask."
 
 
 def build_model(config: BagelConfig) -> Bagel:
@@ -79,7 +81,12 @@ def starting_values(source: ModelSource, model: Bagel, *, weights: str, seed: in
         store, optional = vit_weights(source.vit_path, part)
         exact = not is_huggingface(source.vit_path)
         given |= dict.fromkeys(require_complete(store, part, optional, exact=exact), store)
-    rest = {name: shape for name, shape in wanted.items() if name not in given}
+    fresh: set[str] = set()
+    if source.mask_path is not None:
+        store, missing = mask_weights(source, wanted)
+        given |= dict.fromkeys(require_complete(store, _part(wanted, MASK), missing), store)
+        fresh = missing - _stored(source, weights)
+    rest = {name: shape for name, shape in wanted.items() if name not in given and name not in fresh}
     if not source.from_scratch:
         values = stored_values(source.model_path, model, weights, only=rest)
         if source.copy_init_moe is not None:
@@ -89,7 +96,30 @@ def starting_values(source: ModelSource, model: Bagel, *, weights: str, seed: in
         values = initial_values(model.config, seed, copy_init_moe=source.copy_init_moe is True)
         for part_name, count in sorted(Counter(map(component, rest)).items()):
             logger.info("%s: %d tensors start from initial values (--from_scratch True)", part_name, count)
-    return lambda name, shape: given[name].read(name) if name in given else values(name, shape)
+    drawn = initial_values(model.config, seed)
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name in given:
+            return given[name].read(name)
+        return drawn(name, shape) if name in fresh else values(name, shape)
+
+    return value
+
+
+def mask_weights(source: ModelSource, wanted: Shapes) -> tuple[Weights, set[str]]:
+    """What the directory of `--mask_path` holds, under the model's names, and which of them it need not hold."""
+    assert source.mask_path is not None
+    options = source.config.heads["mask"]
+    store, own = head_class("mask", options).weights_from(source.mask_path, options)
+    fresh = tuple(MASK + prefix for prefix in own)
+    store = store.renamed({f"{MASK}{key}": key for key in store.shapes})
+    return store, {name for name in wanted if name.startswith(fresh)} - store.shapes.keys()
+
+
+def _stored(source: ModelSource, weights: str) -> set[str]:
+    """Names that the weights of `source.model_path` hold, if they are read at all."""
+    file = None if source.from_scratch else find_weights(source.model_path, weights)
+    return set() if file is None else set(open_weights(file).shapes)
 
 
 def stored_values(

@@ -23,6 +23,7 @@ TOWER = "vit_model.safetensors"
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 PATCHES = "embeddings.patch_embedding.weight"
 TOWER_PREFIX = "vit_model.vision_model."
+SAM_TOWER, SAM_PATCHES = "sam_vision_model", "vision_encoder.patch_embed.projection.weight"
 
 SIGLIP_DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 768,
@@ -76,7 +77,7 @@ def read_llm_config(path: Path) -> dict[str, Any]:
 
 
 def read_vit_config(path: Path) -> dict[str, Any]:
-    """The keys of a `vit_config.json`, from a SigLIP model's `config.json` (of the tower, or of tower and text model).
+    """The keys of a `vit_config.json`, from the `config.json` of SAM or of a SigLIP model (the tower, or tower and text model).
 
     Raises:
         ValueError: if it is another kind of model, or uses what the tower here does not have.
@@ -85,9 +86,11 @@ def read_vit_config(path: Path) -> dict[str, Any]:
     values = _read(file, "--vit_path", "a SigLIP vision tower")
     if values.get("model_type") == "siglip":
         values = {"model_type": "siglip_vision_model", **values.get("vision_config", {})}
+    if values.get("model_type") in ("sam", SAM_TOWER):
+        return {**values.get("vision_config", values), "model_type": SAM_TOWER}
     if not str(values.get("model_type", "")).startswith("siglip_"):
         raise ValueError(
-            f"--vit_path {file}: model_type is {values.get('model_type')!r}; only SigLIP can be read"
+            f"--vit_path {file}: model_type is {values.get('model_type')!r}; only SigLIP and SAM can be read"
         )
     values = {**SIGLIP_DEFAULTS, **values}
     unusual = {
@@ -148,6 +151,10 @@ def vit_weights(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> tuple[Weig
         store = _open_file(path / TOWER, "--vit_path")
         return store.renamed({f"vit_model.{key}": key for key in store.shapes}), frozenset()
     store = _open(path, "--vit_path")
+    if SAM_PATCHES in store.shapes:
+        encoder = "vision_encoder."
+        keys = {name: encoder + name.removeprefix(f"{TOWER_PREFIX}encoder.") for name in wanted}
+        return store.renamed({name: key for name, key in keys.items() if key in store.shapes}), frozenset()
     found = next((key for key in store.shapes if key.endswith(PATCHES)), None)
     if found is None:
         raise ValueError(f"--vit_path {store.name}: has no {PATCHES}; it is no SigLIP vision tower")

@@ -20,9 +20,10 @@ from typing import Any
 
 from modeling.autoencoder import AutoEncoderConfig, read_config
 from modeling.bagel.config import BagelConfig
+from modeling.heads import head_class
 from modeling.huggingface import is_huggingface, read_llm_config, read_vit_config
 from modeling.qwen2.config import Qwen2Config
-from modeling.siglip.config import SiglipConfig
+from modeling.towers import tower_named
 from modeling.weights import Weights, find_weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ FLAGS: Mapping[str, tuple[str, str]] = {
 FRESH: Mapping[str, Mapping[str, Any]] = {
     "llm": {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True, "tie_word_embeddings": False},
     "vit": {"rope": False},
-    "bagel": {"vit_select_layer": -2, "max_latent_size": 32},
+    "bagel": {"max_latent_size": 32},
 }
 """What a part built from a Hugging Face directory has unless a flag says otherwise: the published trainer's defaults."""
 
@@ -64,6 +65,7 @@ class ModelSource:
         model_path: directory of configurations and, if trained, weights.
         llm_path: Hugging Face directory that gives the decoder's values.
         vit_path: Hugging Face directory, or one with `vit_model.safetensors`, that gives the tower's values.
+        mask_path: directory that gives the mask head's values, as far as it has them.
         vae_path: where the autoencoder is.
         tokenizer_path: directory with the tokenizer's files.
         from_scratch: what no directory named above gives starts from random values; weights in `model_path` are not read.
@@ -75,6 +77,7 @@ class ModelSource:
     model_path: Path
     llm_path: Path | None = None
     vit_path: Path | None = None
+    mask_path: Path | None = None
     vae_path: Path
     tokenizer_path: Path
     from_scratch: bool = False
@@ -103,6 +106,7 @@ def read_source(
     llm_path: str | Path | None = None,
     vit_path: str | Path | None = None,
     vae_path: str | Path | None = None,
+    mask_path: str | Path | None = None,
     from_scratch: bool = False,
     copy_init_moe: bool | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -110,7 +114,7 @@ def read_source(
     """Read every configuration and check that they, the flags and the weights' keys go together; reads no weights.
 
     Args:
-        model_path, llm_path, vit_path, vae_path, from_scratch, copy_init_moe: see `ModelSource`.
+        model_path, llm_path, vit_path, vae_path, mask_path, from_scratch, copy_init_moe: see `ModelSource`.
         flags: of `FLAGS`, by name; None: not given.
 
     Raises:
@@ -120,7 +124,8 @@ def read_source(
     root, ae = Path(model_path), _autoencoder(model_path, vae_path)
     llm_dir = Path(llm_path) if llm_path else None
     vit_dir = Path(vit_path) if vit_path else None
-    for flag, place in (("llm_path", llm_dir), ("vit_path", vit_dir)):
+    mask_dir = Path(mask_path) if mask_path else None
+    for flag, place in (("llm_path", llm_dir), ("vit_path", vit_dir), ("mask_path", mask_dir)):
         if place is not None and not place.is_dir():
             raise ValueError(f"--{flag} {place}: there is no such directory")
     if llm_dir is not None and not from_scratch:
@@ -141,7 +146,13 @@ def read_source(
     said.bagel.pop("vit_select_layer", None)
     if fresh_vit and "vit_max_num_patch_per_side" not in said.bagel:
         said.bagel["vit_max_num_patch_per_side"] = said.vit["image_size"] // said.vit["patch_size"]
+    if mask_dir is not None:
+        _put_mask(said, mask_dir, root)
     config = _config(said, ae, root)
+    if said.vit.get("rope") and not config.vit.rope:
+        raise ValueError(
+            f"--vit_rope True: the tower of {root} is SAM's, which has positions of its own; leave it out"
+        )
     if fresh_vit and not config.vit.rope:
         _require_positions(config, vit_dir)
     return ModelSource(
@@ -149,6 +160,7 @@ def read_source(
         model_path=root,
         llm_path=llm_dir,
         vit_path=vit_dir,
+        mask_path=mask_dir,
         vae_path=Path(vae_path) if vae_path else root,
         tokenizer_path=llm_dir if llm_dir is not None and (llm_dir / "tokenizer.json").is_file() else root,
         from_scratch=from_scratch,
@@ -235,7 +247,7 @@ def _put_fresh(said: _Said, llm_dir: Path | None, vit_dir: Path | None) -> set[t
         fresh |= {("llm", key) for key in FRESH["llm"]}
     if vit_dir is not None:
         said.put("vit", {**read_vit_config(vit_dir), **FRESH["vit"]}, f"{vit_dir}/config.json")
-        said.bagel["vit_select_layer"] = FRESH["bagel"]["vit_select_layer"]
+        said.bagel["vit_select_layer"] = tower_named(said.vit).select_layer
         fresh |= {("vit", key) for key in FRESH["vit"]}
     if llm_dir is not None or vit_dir is not None:
         said.bagel.setdefault("max_latent_size", FRESH["bagel"]["max_latent_size"])
@@ -252,6 +264,18 @@ def _put_flags(said: _Said, flags: Mapping[str, Any], fresh: set[tuple[str, str]
                 f"--{name} {value} contradicts {said.by[part, key]}, where {key} is {held[key]}; leave the flag out"
             )
         said.put(part, {key: value}, f"--{name}")
+
+
+def _put_mask(said: _Said, mask_dir: Path, root: Path) -> None:
+    """What the directory of `--mask_path` says of the mask head that `bagel_config.json` leaves open."""
+    heads = said.bagel.get("heads", {})
+    if "mask" not in heads:
+        raise ValueError(
+            f"--mask_path {mask_dir}: the model has no mask head; add one to {root / 'bagel_config.json'}, for instance "
+            '"heads": {"mask": {"type": "sam"}}'
+        )
+    options = head_class("mask", heads["mask"]).options_from(mask_dir, heads["mask"])
+    said.bagel["heads"] = {**heads, "mask": options}
 
 
 def _vit_depth(said: _Said, weights: Weights | None, own: bool, root: Path) -> int:
@@ -296,7 +320,7 @@ def _config(said: _Said, ae: AutoEncoderConfig, root: Path) -> BagelConfig:
     try:
         return BagelConfig(
             llm=Qwen2Config.from_json(said.llm),
-            vit=SiglipConfig.from_json(said.vit),
+            vit=tower_named(said.vit).read(said.vit),
             latent_channels=ae.z_channels,
             vae_downsample=ae.downsample,
             **said.bagel,

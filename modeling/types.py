@@ -1,7 +1,7 @@
 """What comes out of the model and of the losses."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,28 @@ class HeadOutput:
     boxes: Tensor
     mask_logits: Tensor
     mask_hw: tuple[tuple[int, int], ...] = ()
+
+    def each(self) -> list["HeadOutput"]:
+        """What it says of each region, one by one."""
+        count = max(len(self.boxes), len(self.mask_hw))
+        masks = self.mask_logits.split([h * w for h, w in self.mask_hw]) if self.mask_hw else ()
+        # All but the masks' pixels has a row for each region, or none.
+        rows = {
+            f.name: value
+            for f in fields(self)
+            if f.name != "mask_logits"
+            and isinstance(value := getattr(self, f.name), Tensor)
+            and len(value) == count
+        }
+        return [
+            replace(
+                self,
+                **{name: value[i : i + 1] for name, value in rows.items()},
+                mask_logits=masks[i] if masks else self.mask_logits,
+                mask_hw=self.mask_hw[i : i + 1],
+            )
+            for i in range(count)
+        ]
 
 
 class DetrStage(NamedTuple):

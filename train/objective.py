@@ -7,13 +7,14 @@ published, each micro-batch is divided by its own count (over all ranks), and th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from data.types import PackedBatch
 from modeling.autoencoder import AutoEncoder
+from modeling.heads import head_class
 from modeling.losses import LOSSES, Loss
 from modeling.losses.pictures import Decode, PictureLoss, dissimilarity, mean_absolute, mean_square
 from modeling.types import FlowState, LossTerm, ModelOutput
@@ -36,16 +37,16 @@ class Objective:
 
     @staticmethod
     def build(
-        weights: Mapping[str, float], heads: Mapping[str, object], losses: Mapping[str, Loss] = LOSSES
+        weights: Mapping[str, float], heads: Mapping[str, Any], losses: Mapping[str, Loss] = LOSSES
     ) -> "Objective":
-        """Keep the losses whose head the model has.
+        """Keep the losses on what the model's heads (name -> options) give.
 
         Raises:
             ValueError: if a weight names no loss.
         """
         if unknown := sorted(set(weights) - set(losses)):
             raise ValueError(f"no loss is called '{unknown[0]}'; known are {', '.join(losses)}")
-        kept = {n: w for n, w in weights.items() if losses[n].head is None or losses[n].head in heads}
+        kept = {n: w for n, w in weights.items() if _is_used(losses[n], w, heads)}
         return Objective(kept, losses)
 
     def counts(self, batch: PackedBatch) -> Tensor:
@@ -86,10 +87,18 @@ class Objective:
         return torch.stack([p.float() for p in parts]).sum()
 
 
+def _is_used(loss: Loss, weight: float, heads: Mapping[str, Any]) -> bool:
+    if loss.optional and weight == 0:
+        return False
+    if loss.head is None or loss.head not in heads:
+        return loss.head is None
+    return loss.field is None or loss.field in head_class(loss.head, heads[loss.head]).gives
+
+
 def build_objective(
     args: LossArgs,
     pictures: PictureLossArgs,
-    heads: Mapping[str, object],
+    heads: Mapping[str, Any],
     vae: AutoEncoder,
     latent_patch_size: int,
 ) -> Objective:

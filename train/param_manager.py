@@ -58,6 +58,11 @@ PARAM_GROUPS: Mapping[str, ParamGroup] = {
         pattern=r"(time_embedder|vae2llm|llm2vae)\.", freeze=("freeze_flow",), lr=("flow_lr",)
     ),
     "box": ParamGroup(pattern=r"heads\.box\.", freeze=("freeze_box",), lr=("box_lr",)),
+    "mask_encoder": ParamGroup(
+        pattern=r"heads\.mask\.(vision_encoder|autoencoder)\.",
+        freeze=("freeze_mask_encoder", "freeze_mask"),
+        lr=("mask_encoder_lr", "mask_lr"),
+    ),
     "mask": ParamGroup(pattern=r"heads\.mask\.", freeze=("freeze_mask",), lr=("mask_lr",)),
     "detr_adapter": ParamGroup(
         pattern=r"heads\.detr\.adapters\.", freeze=("freeze_detr",), lr=("detr_adapter_lr", "detr_lr")

@@ -16,6 +16,7 @@ def model_source(args: ModelArgs) -> ModelSource:
         args.model_path,
         llm_path=args.llm_path,
         vit_path=args.vit_path,
+        mask_path=args.mask_path,
         vae_path=args.vae_path,
         from_scratch=args.from_scratch,
         copy_init_moe=args.copy_init_moe,

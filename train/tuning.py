@@ -278,7 +278,7 @@ class AdapterTuning(Tuning):
         args, model = self.args, self.args.model
         if args.lora.load_in_4bit and args.lora.load_in_8bit:
             raise ValueError("--load_in_4bit and --load_in_8bit: a matrix is in one of them; leave one out")
-        for name in ("from_scratch", "llm_path", "vit_path"):
+        for name in ("from_scratch", "llm_path", "vit_path", "mask_path"):
             if value := getattr(model, name):
                 raise ValueError(
                     f"--{name} {value}: adapters are a difference to the weights of one model directory; leave it out, or make "

@@ -23,7 +23,7 @@ from modeling.ops.patch import normalise_pixels
 from modeling.qwen2.layers import Attend
 from modeling.qwen2.model import Qwen2ForCausalLM
 from modeling.qwen2.mot import Routing, Rows, filled
-from modeling.siglip.model import SiglipVisionModel
+from modeling.towers import tower_of
 from modeling.types import FeatureGrids, HeadInputs, HeadOutput, ModelOutput
 
 
@@ -48,7 +48,7 @@ class Bagel(nn.Module):
         self.llm2vae = gen(latent, lambda: nn.Linear(width, latent))
         self.latent_pos_embed = gen(width, lambda: PositionTable(config.max_latent_size, width))
         und, seen = functools.partial(_part, config.visual_und, "visual_und"), config.vit.hidden_size
-        self.vit_model = und(seen, lambda: SiglipVisionModel(config.vit))
+        self.vit_model = und(seen, lambda: tower_of(config.vit).build(config.vit))
         self.connector = und(width, lambda: Connector(seen, width, config.connector_act))
         self.vit_pos_embed = und(width, lambda: PositionTable(config.vit_max_num_patch_per_side, width))
         self.heads = nn.ModuleDict(

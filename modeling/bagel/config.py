@@ -7,7 +7,7 @@ from typing import Any, Literal
 from data.layout import LayoutSpec
 from modeling.heads import head_class
 from modeling.qwen2.config import Qwen2Config
-from modeling.siglip.config import SiglipConfig
+from modeling.towers import TowerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +26,11 @@ class BagelConfig:
         head_reads: the state a head reads: of the anchor token itself (`self`) or of the token that predicts it (`previous`).
 
     Raises:
-        ValueError: if `heads` names a type or an option that there is not.
+        ValueError: if `heads` names a type or an option that there is not, or a head cannot look at the tower's grid.
     """
 
     llm: Qwen2Config
-    vit: SiglipConfig
+    vit: TowerConfig
     latent_channels: int = 16
     vae_downsample: int = 8
     latent_patch_size: int = 2
@@ -45,7 +45,7 @@ class BagelConfig:
 
     def __post_init__(self) -> None:
         for name, options in self.heads.items():
-            head_class(name, options)
+            head_class(name, options).require_tower(options, self.vit)
 
     @property
     def latent_token_width(self) -> int:

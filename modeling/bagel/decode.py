@@ -5,7 +5,7 @@ write text; `draw` samples images; `perceive` reads the boxes and masks of ancho
 never influence each other: each stops on its own end token, and guidance is renormalised per image.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -306,14 +306,19 @@ class Decoder:
                 continue
             grids, number = seen
             image = torch.tensor([number], device=self.device)
-            for head, hidden in text.anchors:
+            found: dict[str, Iterator[HeadOutput]] = {}
+            for head in dict.fromkeys(name for name, _ in text.anchors):
+                # All anchors of a head at once: an image encoder inside it sees the picture once.
+                hidden = torch.stack([state for name, state in text.anchors if name == head])
                 module = self.model.heads[head]
                 # A model in pieces gives float32 whatever it computes in; a head on its own is given what its weights are.
                 dtype = next(module.parameters()).dtype
                 floats = replace(grids, values=grids.values.to(dtype), states=grids.states.to(dtype))
-                regions = RegionBatch.unknown(image, image)
-                inputs = self.model.head_inputs(hidden[None].to(dtype), regions, floats)
-                results[i].append((head, module(inputs)))
+                of_each = image.expand(len(hidden))
+                regions = RegionBatch.unknown(of_each, of_each)
+                inputs = self.model.head_inputs(hidden.to(dtype), regions, floats)
+                found[head] = iter(module(inputs).each())
+            results[i] = [(head, next(found[head])) for head, _ in text.anchors]
         return results
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ ZERO_START = (
     "heads.detr.adapters.grid.up.", "heads.detr.adapters.states.up.",
 )  # fmt: skip
 """The velocity, what the box head and the detector correct, and the detector's adapters start at nothing."""
+FREQUENCIES = "positional_embedding"
+"""Of SAM's code of places: normal with deviation 1, and never trained."""
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "out_proj", "fc2")
 
 
@@ -49,8 +51,8 @@ def initial_value(name: str, shape: torch.Size, config: BagelConfig, seed: int) 
     if name.endswith("bias") or name.startswith(ZERO_START):
         return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
-    std = 1 / math.sqrt(math.prod(shape[1:]))
+        return torch.zeros(shape) if name.endswith("running_mean") else torch.ones(shape)
+    std = 1.0 if name.endswith(FREQUENCIES) else 1 / math.sqrt(math.prod(shape[1:]))
     layers = config.vit.num_hidden_layers
     if name.startswith("language_model."):
         std, layers = config.llm.initializer_range, config.llm.num_hidden_layers

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from modeling.bagel.config import BagelConfig
+from modeling.heads import head_class
+from modeling.towers import tower_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class ShardUnit:
 def shard_plan(config: BagelConfig) -> tuple[ShardUnit, ...]:
     """Units in the order they run; what is in none belongs to the root."""
     vit = (
-        *_layers("vit_model.vision_model.encoder.layers", config.vit.num_hidden_layers),
+        *(_layers(stack, config.vit.num_hidden_layers) if (stack := tower_of(config.vit).layers) else ()),
         ShardUnit("vit_model"),
         ShardUnit("connector"),
     )

@@ -13,10 +13,14 @@ from modeling.heads.box import BoxHead
 from modeling.heads.detr import DetrHead
 from modeling.heads.head import PerceptionHead
 from modeling.heads.mask import MaskHead
+from modeling.heads.mask_autoencoder import MaskAutoencoderHead
+from modeling.heads.sam_mask import SamMaskHead
 
 HEADS: dict[str, type[PerceptionHead]] = {
     "box": BoxHead,
     "mask": MaskHead,
+    "sam": SamMaskHead,
+    "autoencoder": MaskAutoencoderHead,
     "detr": DetrHead,
 }
 

@@ -2,9 +2,12 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
+
+from modeling.weights import Weights
 
 SIZES = ("hidden_size", "grid_size", "patch_size")
 """What a head is told of the model it is in; everything else it takes is an option."""
@@ -31,3 +34,33 @@ class PerceptionHead(nn.Module):
     def wants_view(cls, options: Mapping[str, Any]) -> bool:
         """Whether, with these options, it has an image encoder of its own and reads `FeatureGrids.views`."""
         return False
+
+    @classmethod
+    def require_tower(cls, options: Mapping[str, Any], tower: object) -> None:
+        """Stop if, with these options, it cannot look at the grid of such a tower (its config).
+
+        Raises:
+            ValueError: saying what does not go together.
+        """
+
+    @classmethod
+    def options_from(cls, path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Its options with what a directory of trained parts (`--mask_path`) says that they leave open.
+
+        Raises:
+            ValueError: if it cannot start from a directory, or from this one.
+        """
+        raise ValueError(
+            f"--mask_path {path}: the mask head is {cls.__name__}, which starts from no directory"
+        )
+
+    @classmethod
+    def weights_from(cls, path: Path, options: Mapping[str, Any]) -> tuple[Weights, tuple[str, ...]]:
+        """The tensors of such a directory under its own parameters' names, and with what the names begin that it does not hold.
+
+        Raises:
+            ValueError: as `options_from`, or naming the file that is missing or damaged.
+        """
+        raise ValueError(
+            f"--mask_path {path}: the mask head is {cls.__name__}, which starts from no directory"
+        )

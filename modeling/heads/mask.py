@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from modeling.heads.grids import regions_by_size
 from modeling.heads.head import PerceptionHead
+from modeling.heads.masks import laid_out
 from modeling.ops.patch import normalise_pixels
 from modeling.types import HeadInputs, HeadOutput
 
@@ -58,10 +59,8 @@ class MaskHead(PerceptionHead):
             which_patches = torch.einsum("kd,khwd->khw", meant[at], keys) * keys.shape[-1] ** -0.5
             full = _enlarged(which_pixels, self.stride) + _enlarged(which_patches, self.stride * self.cells)
             logits += zip(at.tolist(), full.unbind(), strict=True)
-        logits.sort(key=lambda pair: pair[0])
-        flat = [x.flatten() for _, x in logits] or [full.flatten()]
-        hw = tuple((x.shape[0], x.shape[1]) for _, x in logits)
-        return HeadOutput(boxes=hidden.new_zeros(0, 4), mask_logits=torch.cat(flat), mask_hw=hw)
+        flat, hw = laid_out(logits, full)
+        return HeadOutput(boxes=hidden.new_zeros(0, 4), mask_logits=flat, mask_hw=hw)
 
     def _fine(self, features: Tensor, pixels: Tensor) -> Tensor:
         """`i h w d`, `i 3 hh ww` -> `i channels (hh / stride) (ww / stride)`."""

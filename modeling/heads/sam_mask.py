@@ -9,6 +9,7 @@ is SAM's encoder, whose neck is then SAM's. `separate`: SAM's own encoder on `Fe
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -24,9 +25,14 @@ from modeling.sam.config import SamDecoderConfig, SamVisionConfig
 from modeling.sam.decoder import SamMaskDecoder, first_mask, stable_mask
 from modeling.sam.encoder import SamNeck, SamVisionEncoder, padded
 from modeling.sam.prompts import SamPositionalEmbedding, SamPromptEncoder
+from modeling.sam.published import sam_options, sam_weights
 from modeling.types import FeatureGrids, HeadInputs
+from modeling.weights import Weights
 
 VisionSharing = Literal["vlm", "sam", "separate"]
+
+
+_Size = tuple[tuple[int, int] | None, tuple[int, int]]
 
 
 class _Pictures(NamedTuple):
@@ -44,7 +50,7 @@ class _Pictures(NamedTuple):
     which: Tensor
     grid: Tensor
     fine: tuple[Tensor, Tensor] | None
-    sizes: list[tuple[tuple[int, int] | None, tuple[int, int]]]
+    sizes: list[_Size]
 
 
 class SamMaskHead(PerceptionHead):
@@ -123,6 +129,37 @@ class SamMaskHead(PerceptionHead):
     def wants_view(cls, options: Mapping[str, Any]) -> bool:
         return options.get("vision_sharing") == "separate"
 
+    @classmethod
+    def require_tower(cls, options: Mapping[str, Any], tower: object) -> None:
+        is_sam, wants = isinstance(tower, SamVisionConfig), options.get("vision_sharing", "vlm")
+        if (wants == "sam" and not is_sam) or (wants == "vlm" and is_sam):
+            which = "is SAM's: say sam, or separate" if is_sam else "is not SAM's: say vlm, or separate"
+            raise ValueError(
+                f"bagel_config.json: heads.mask: vision_sharing is {wants!r}, and the vision tower (vit_config.json) {which}"
+            )
+
+    @classmethod
+    def options_from(cls, path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        found = sam_options(path, separate=cls.wants_view(options))
+        parts: list[str] = [key for key in ("decoder", "encoder") if key in found]
+        nested = {key: {**found[key], **options.get(key, {})} for key in parts}
+        return {"mask_channels": found["mask_channels"], **options, **nested}
+
+    @classmethod
+    def weights_from(cls, path: Path, options: Mapping[str, Any]) -> tuple[Weights, tuple[str, ...]]:
+        store, own = sam_weights(path), ["projection.", "fine."]
+        sharing = options.get("vision_sharing", "vlm")
+        if sharing == "vlm":
+            own.append("neck.")
+        if sharing == "sam":  # the tower is the encoder; its neck is the head's
+            neck = "vision_encoder.neck."
+            store = store.renamed(
+                {key.replace(neck, "neck."): key for key in store.shapes if key.startswith(neck)}
+            )
+        if SamDecoderConfig.from_json(options.get("decoder", {}), "").object_score:
+            own.append("prompt_encoder.")  # clicks and rough masks are others in SAM 2
+        return store, tuple(own)
+
     def forward(self, inputs: HeadInputs) -> MaskOutput:
         """Predict one mask per anchor at the transformed picture's size.
 
@@ -194,10 +231,10 @@ class SamMaskHead(PerceptionHead):
         assert encoder.neck is not None
         # One at a time: attention over all cells of one picture is what fills memory.
         grid = torch.cat([encoder.neck(encoder(one)) for one in pixels.split(1)])
-        sizes = [
-            (tuple(v.shape[1:]), tuple(s * self.patch_size for s in grids.hw[i]))
-            for v, i in zip(views, images, strict=True)
-        ]
+        sizes: list[_Size] = []
+        for view, (rows, columns) in zip(views, (grids.hw[i] for i in images), strict=True):
+            full = (rows * self.patch_size, columns * self.patch_size)
+            sizes.append(((view.shape[1], view.shape[2]), full))
         which = torch.tensor([images.index(i) for i in wanted], dtype=torch.int64, device=image.device)
         yield _Pictures(torch.arange(len(image), device=image.device), which, grid, None, sizes)
 

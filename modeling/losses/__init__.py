@@ -20,7 +20,7 @@ from modeling.losses.detection import (
     pictures,
 )
 from modeling.losses.flow import flow_error, noised_tokens
-from modeling.losses.masks import mask_bce, mask_dice, masks
+from modeling.losses.masks import mask_bce, mask_code, mask_dice, mask_iou, mask_soft_iou, masks
 from modeling.losses.text import cross_entropy, cross_entropy_reweighted, labels, weighted_labels
 from modeling.types import FlowState, LossValues, ModelOutput, Things
 
@@ -29,13 +29,16 @@ from modeling.types import FlowState, LossValues, ModelOutput, Things
 class Loss:
     """`values` sums over the pack; `things` says, from the batch alone, over what; `head` is the perception head needed.
 
-    `least`: what it is divided by at least, where it has something to say about a step in which nothing counts.
+    `least`: what it is divided by at least, where it has something to say about a step in which nothing counts. `field`: what the
+    head has to give (`PerceptionHead.gives`) beyond boxes and masks. `optional`: left out, not only unweighted, at weight 0.
     """
 
     values: Callable[[ModelOutput, PackedBatch, FlowState], LossValues]
     things: Callable[[PackedBatch], Things]
     head: str | None = None
     least: float = 0.0
+    field: str | None = None
+    optional: bool = False
 
 
 LOSSES: dict[str, Loss] = {
@@ -46,6 +49,9 @@ LOSSES: dict[str, Loss] = {
     "box_giou": Loss(box_giou, boxes, "box"),
     "mask_bce": Loss(mask_bce, masks, "mask"),
     "mask_dice": Loss(mask_dice, masks, "mask"),
+    "mask_soft_iou": Loss(mask_soft_iou, masks, "mask", optional=True),
+    "mask_iou": Loss(mask_iou, masks, "mask", field="iou"),
+    "mask_code": Loss(mask_code, masks, "mask", field="code", optional=True),
     "det_objectness": Loss(det_objectness, pictures, "detr", least=1.0),
     "det_l1": Loss(det_l1, detected, "detr"),
     "det_giou": Loss(det_giou, detected, "detr"),

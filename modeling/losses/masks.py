@@ -41,6 +41,30 @@ def mask_dice(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossV
     return LossValues.of(1 - (2 * both + DICE_EPS) / (each + DICE_EPS))
 
 
+def mask_soft_iou(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
+    """Sum over masks of 1 - intersection over union of probabilities, 1 added above and below (modified LISA)."""
+    logits, truth, owner, area = _pixels(output, batch)
+    p = logits.sigmoid()
+    both, each = _per_mask(p * truth, owner, area), _per_mask(p, owner, area) + _per_mask(truth, owner, area)
+    return LossValues.of(1 - (both + 1) / (each - both + 1))
+
+
+def mask_iou(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
+    """Sum over masks of the squared error of what the head thinks its intersection over union is (SAM, arXiv 2304.02643)."""
+    logits, truth, owner, area = _pixels(output, batch)
+    found = (logits.detach() > 0).to(truth.dtype)
+    both = _per_mask(found * truth, owner, area)
+    union = _per_mask(found, owner, area) + _per_mask(truth, owner, area) - both
+    claimed: Tensor = output.heads["mask"].iou.float()
+    return LossValues.of((claimed - both / union.clamp(min=1)).square())
+
+
+def mask_code(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> LossValues:
+    """Sum over masks of the mean squared error of their code, beside what the autoencoder makes of the true mask."""
+    head = output.heads["mask"]
+    return LossValues.of((head.code.float() - head.true_code.float()).square().mean(1))
+
+
 def masks(batch: PackedBatch) -> Things:
     """Masks of the pack."""
     return Things.alike(batch.regions["mask"].anchor if "mask" in batch.regions else batch.und_index[:0])

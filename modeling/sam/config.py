@@ -42,6 +42,16 @@ class SamVisionConfig:
     def positions_per_side(self) -> int:
         return self.image_size // self.patch_size
 
+    @property
+    def rope(self) -> bool:
+        """Whether it has rotary positions."""
+        return False
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of a convolutional stem, of which it has none."""
+        return 0
+
     @staticmethod
     def from_json(values: Mapping[str, Any], where: str, *, strict: bool = False) -> "SamVisionConfig":
         """The encoder that a `vision_config` describes; see `_read`."""
@@ -113,5 +123,7 @@ def _read(kind: type[C], values: Mapping[str, Any], where: str, strict: bool) ->
     for key, value in usual.items():
         if values.get(key, value) != value:
             raise ValueError(f"{where}: {key} is {values[key]!r}; the SAM here has {value!r} only")
-    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
+    kept: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+    }
     return kind(**kept)

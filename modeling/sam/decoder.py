@@ -181,8 +181,8 @@ class SamMaskDecoder(nn.Module):
             the first mask of every prompt and the `num_multimask_outputs` others.
         """
         k, width, h, w = grid.shape
-        own = [self.obj_score_token.weight] if self.config.object_score else []
-        own = torch.cat([*own, self.iou_token.weight, self.mask_tokens.weight])
+        score = [self.obj_score_token.weight] if self.config.object_score else []
+        own = torch.cat([*score, self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(k, -1, -1), sparse], dim=1)
         flat = (grid + dense).flatten(2).transpose(1, 2)
         code = grid_code.expand(k, -1, -1, -1).flatten(2).transpose(1, 2)
@@ -198,8 +198,8 @@ class SamMaskDecoder(nn.Module):
         iou = self.iou_prediction_head(tokens[:, first])
         if self.config.iou_sigmoid:
             iou = iou.sigmoid()
-        score = self.pred_obj_score_head(tokens[:, 0]) if self.config.object_score else iou[:, :0]
-        return SamMasks(logits=logits, iou=iou, object_score=score)
+        is_there = self.pred_obj_score_head(tokens[:, 0]) if self.config.object_score else iou[:, :0]
+        return SamMasks(logits=logits, iou=iou, object_score=is_there)
 
     def _enlarged(self, grid: Tensor, fine: tuple[Tensor, Tensor] | None) -> Tensor:
         """`k d h w` -> `k d/8 4h 4w`."""

@@ -80,13 +80,17 @@ class SamPromptEncoder(nn.Module):
         tokens = code(places / self.image_size)
         tokens = torch.where(labels < 0, self.not_a_point_embed.weight, tokens)
         for label in (0, 1):
-            tokens = tokens + torch.where(labels == label, self.point_embed[label].weight, 0.0)
+            tokens = tokens + torch.where(labels == label, self._of_kind(label), 0.0)
         return tokens
 
     def boxes(self, code: SamPositionalEmbedding, boxes: Tensor) -> Tensor:
         """`k 4` xyxy in pixels of the square picture -> `k 2 d`, a token per corner."""
         corners = code((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image_size)
-        return corners + torch.stack([self.point_embed[2].weight[0], self.point_embed[3].weight[0]])
+        return corners + torch.cat([self._of_kind(2), self._of_kind(3)])
+
+    def _of_kind(self, kind: int) -> Tensor:
+        """`1 d`: of clicks beside the thing and on it, of a box's first and last corner."""
+        return self.get_parameter(f"point_embed.{kind}.weight")
 
     def dense(self) -> Tensor:
         """`1 d 1 1`, of prompts without a rough mask."""

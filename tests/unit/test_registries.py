@@ -27,7 +27,16 @@ from modeling.heads import HEADS
 from modeling.losses import LOSSES
 from modeling.qwen2.model import Vocabulary
 from modeling.types import DetrOutput, FeatureGrids, HeadInputs, LossTerm
-from tests.unit.modeling.tiny import SPEC, SPECIAL, every_sample, made_up_latents, text_sample, tiny_model
+from tests.unit.modeling.tiny import (
+    MASK_HEADS,
+    SPEC,
+    SPECIAL,
+    every_sample,
+    made_up_latents,
+    mask_config,
+    text_sample,
+    tiny_model,
+)
 from train.args import LossArgs, ParamArgs
 from train.metrics import METRICS
 from train.metrics.base import SummedMetric
@@ -44,8 +53,11 @@ DOCUMENTED = {
     **{f"packing policy {name}": row.next_samples for name, row in POLICIES.items()},
 }
 
-TRANSFORM_ARGS = {"image": {"image_stride": 8, "max_image_size": 64, "min_image_size": 16}}
-"""Row -> arguments that build it at a tiny size; its pictures' sides are multiples of `image_stride`."""
+TRANSFORM_ARGS = {
+    "image": {"image_stride": 8, "max_image_size": 64, "min_image_size": 16},
+    "sam": {"image_size": 64},
+}
+"""Row -> arguments that build it at a tiny size; its pictures' sides are multiples of `image_stride`, if it has one."""
 
 
 @pytest.mark.parametrize("row", DOCUMENTED)
@@ -79,13 +91,14 @@ def test_transform(name: str) -> None:
         picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         pixels = transform(picture, 1)
         assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3 and pixels.numel() > 0
-        assert all(side % TRANSFORM_ARGS[name]["image_stride"] == 0 for side in pixels.shape[1:])
+        assert all(side % TRANSFORM_ARGS[name].get("image_stride", 1) == 0 for side in pixels.shape[1:])
         assert torch.equal(pixels, transform(picture, 1)), "the same picture gives the same pixels"
 
 
 def build_head(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return HEADS[name](hidden_size=32, grid_size=24, patch_size=8)
+    options = {key: value for key, value in MASK_HEADS.get(name, {}).items() if key != "type"}
+    return HEADS[name](hidden_size=32, grid_size=24, patch_size=8, **options)
 
 
 def inputs(hidden: Tensor, image: Tensor, grids: FeatureGrids, *, known: bool = False) -> HeadInputs:
@@ -150,7 +163,9 @@ def test_head_reads_states_and_grids(name: str) -> None:
     else:
         assert output.boxes.shape == (3, 4) and bool(((output.boxes >= 0) & (output.boxes <= 1)).all())
     learnt(output).backward()
-    for what, x in (("state", hidden), ("grid", grids.values), *head.named_parameters()):
+    trained = [(name, p) for name, p in head.named_parameters() if p.requires_grad]
+    looks = [] if name == "autoencoder" else [("grid", grids.values)]
+    for what, x in (("state", hidden), *looks, *trained):
         assert x.grad is not None and bool(x.grad.any()), f"no gradient reaches {what}"
 
 
@@ -161,7 +176,13 @@ def test_head_without_regions_gives_zero_gradients_not_none(name: str) -> None:
         head.zero_grad()
         output = head(inputs(torch.zeros(0, 32), nothing, grids))
         learnt(output).backward()
-        assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+        assert all(p.grad is not None and not p.grad.any() for p in head.parameters() if p.requires_grad)
+
+
+def model_with(loss: str) -> Bagel:
+    """A model whose heads give what a loss needs."""
+    heads = {"iou": "sam", "code": "autoencoder"}
+    return tiny_model(mask_config(heads.get(LOSSES[loss].field or "", "mask")))
 
 
 def loss_term(name: str, samples: list[Sample], model: Bagel) -> LossTerm:
@@ -180,7 +201,7 @@ def count(term: LossTerm) -> float:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_sums_over_samples(name: str) -> None:
-    model = tiny_model()
+    model = model_with(name)
     whole = loss_term(name, every_sample(), model)
     alone = [loss_term(name, [sample], model) for sample in every_sample()]
     assert count(whole) > 0 and whole.total.dtype == torch.float32
@@ -193,7 +214,7 @@ def test_loss_sums_over_samples(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if not n.startswith("ce")])
 def test_loss_of_an_absent_modality_is_nothing(name: str) -> None:
-    term = loss_term(name, [text_sample()], tiny_model())
+    term = loss_term(name, [text_sample()], model_with(name))
     assert count(term) == 0 and term.total.item() == 0 and term.total.requires_grad
 
 
@@ -214,8 +235,9 @@ def test_metric_starts_at_zero_and_only_adds(name: str) -> None:
 def test_every_trained_parameter_has_a_group_and_every_group_parameters() -> None:
     model = tiny_model()
     add_adapters(model, LoraSpec(pattern=TARGETS["mot_und"], rank=2, alpha=2))
-    groups = [group_of(name) for name, p in model.named_parameters() if p.requires_grad]
-    assert set(groups) == set(PARAM_GROUPS)
+    models = (model, tiny_model(mask_config("separate")))
+    groups = {group_of(n) for m in models for n, p in m.named_parameters() if p.requires_grad}
+    assert groups == set(PARAM_GROUPS)
 
 
 @pytest.mark.parametrize("name", PARAM_GROUPS)

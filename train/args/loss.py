@@ -16,6 +16,17 @@ class LossArgs:
     box_giou_weight: float = flag(1.0, "Weight of the boxes' 1 - GIoU.", low=0)
     mask_bce_weight: float = flag(1.0, "Weight of the masks' binary cross-entropy.", low=0)
     mask_dice_weight: float = flag(1.0, "Weight of the masks' Dice loss.", low=0)
+    mask_soft_iou_weight: float = flag(
+        0.0, "Weight of the masks' 1 - IoU of probabilities (modified LISA: 1).", low=0
+    )
+    mask_iou_weight: float = flag(
+        1.0, "Weight of the squared error of the IoU that SAM's decoder thinks it has.", low=0
+    )
+    mask_code_weight: float = flag(
+        0.0,
+        "Weight of the squared error of a mask's code beside that of the true mask (PerceptionGPT's l2_loss_weight).",
+        low=0,
+    )
     det_objectness_weight: float = flag(
         2.0, "Weight of a detector's objectness, per true box and layer.", low=0
     )
@@ -48,6 +59,9 @@ class LossArgs:
             "box_giou": self.box_giou_weight,
             "mask_bce": self.mask_bce_weight,
             "mask_dice": self.mask_dice_weight,
+            "mask_soft_iou": self.mask_soft_iou_weight,
+            "mask_iou": self.mask_iou_weight,
+            "mask_code": self.mask_code_weight,
             "det_objectness": self.det_objectness_weight,
             "det_l1": self.det_l1_weight,
             "det_giou": self.det_giou_weight,

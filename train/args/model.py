@@ -39,6 +39,11 @@ class ModelArgs:
         "Autoencoder: a directory with `ae.safetensors`, such a file, or a diffusers AutoencoderKL directory; None: "
         "--model_path.",
     )
+    mask_path: str | None = flag(
+        None,
+        "Start the mask head from here, whatever the rest starts from: a Hugging Face SAM directory (`type: sam`), or one of "
+        "train/main_mask_autoencoder.py (`type: autoencoder`); what it lacks is as in --model_path, or else fresh.",
+    )
     copy_init_moe: bool | None = flag(
         None,
         "Start the generation expert as a copy of the understanding expert; None: if --llm_path gives that one.",

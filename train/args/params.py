@@ -29,6 +29,10 @@ class ParamArgs:
     )
     freeze_box: bool = flag(False, "Keep the box head as it is.")
     freeze_mask: bool = flag(False, "Keep the mask head as it is.")
+    freeze_mask_encoder: bool = flag(
+        True,
+        "Keep what the mask head has of pictures and masks alone: SAM's own image encoder, or the mask autoencoder.",
+    )
     freeze_detr: bool = flag(False, "Keep the detector as it is.")
     llm_lr: float | None = flag(None, "Learning rate of the language model; None: --lr.", low=0)
     mot_und_lr: float | None = flag(None, "Learning rate of the understanding expert; None: --llm_lr.", low=0)
@@ -43,6 +47,9 @@ class ParamArgs:
     )
     box_lr: float | None = flag(None, "Learning rate of the box head; None: --lr.", low=0)
     mask_lr: float | None = flag(None, "Learning rate of the mask head; None: --lr.", low=0)
+    mask_encoder_lr: float | None = flag(
+        None, "Learning rate of what --freeze_mask_encoder keeps otherwise; None: --mask_lr.", low=0
+    )
     detr_lr: float | None = flag(None, "Learning rate of the detector; None: --lr.", low=0)
     detr_adapter_lr: float | None = flag(
         None, "Learning rate of the detector's adapters, which start as nothing; None: --detr_lr.", low=0

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
 from modeling.bagel.shard_plan import ShardUnit
+from modeling.heads.masks import MaskOutput
 from modeling.types import DetrOutput, FeatureGrids, HeadInputs, HeadOutput, ModelOutput
 from train.args import FsdpArgs
 from train.distributed.units import ROOT, layers, units
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-CARRIERS = (ModelOutput, HeadInputs, HeadOutput, DetrOutput, FeatureGrids)
+CARRIERS = (ModelOutput, HeadInputs, HeadOutput, MaskOutput, DetrOutput, FeatureGrids)
 """Dataclasses in which tensors enter or leave a sharded module. FSDP2 looks through pytrees and would miss their gradients."""
 
 FillValue = Callable[[str, torch.Size], Tensor]

@@ -1,5 +1,6 @@
 """A tiny model and tiny samples of every kind, for tests."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,24 @@ from modeling.types import FlowState
 SPECIAL = SpecialTokens(begin=1, end=2, image_start=3, image_end=4, anchors={"box": 5, "mask": 6})
 SPEC = LayoutSpec(vit_patch_size=8, vit_positions_per_side=8, latent_stride=16, latent_positions_per_side=4)
 LATENT_WIDTH = 64
+SMALL_DECODER = {"hidden_size": 32, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
+SMALL_ENCODER = {
+    "hidden_size": 16, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8, "window_size": 2, "global_attn_indexes": [1],
+}  # fmt: skip
+SMALL_CODES = {"resolution": 32, "width": 8, "down": [1, 1, 1, 1], "up": [1, 1, 1, 1], "code": 16}
+MASK_HEADS = {
+    "mask": {"channels": 8},
+    "sam": {"type": "sam", "decoder": SMALL_DECODER, "fine_channels": 8},
+    "separate": {
+        "type": "sam",
+        "vision_sharing": "separate",
+        "decoder": SMALL_DECODER,
+        "encoder": SMALL_ENCODER,
+    },
+    "autoencoder": {"type": "autoencoder", "autoencoder": SMALL_CODES, "width": 32},
+}
+"""Small mask heads of every sort, by a name of their own."""
 TINY_DETR = {
     "width": 16, "num_heads": 2, "num_layers": 2, "feed_forward": 32, "num_queries": 5, "caption_layers": 1,
 }  # fmt: skip
@@ -46,6 +65,12 @@ def tiny_config(head_reads: str = "self", **llm) -> BagelConfig:
         heads={"box": {"width": 16}, "mask": {"channels": 8}, "detr": TINY_DETR},
         head_reads=head_reads,  # type: ignore[arg-type]
     )
+
+
+def mask_config(kind: str, head_reads: str = "self") -> BagelConfig:
+    """`tiny_config` with a mask head of MASK_HEADS."""
+    config = tiny_config(head_reads)
+    return replace(config, heads={**config.heads, "mask": MASK_HEADS[kind]})
 
 
 def tiny_model(config: BagelConfig | None = None, seed: int = 0) -> Bagel:
