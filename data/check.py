@@ -16,12 +16,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from data.check_groups import GroupFault, YamlLines, copies, group_faults, leaks, open_mixture
+from data.check_groups import (
+    GroupFault,
+    YamlLines,
+    copies,
+    group_faults,
+    leaks,
+    open_mixture,
+    open_validation,
+)
 from data.check_page import render
 from data.check_report import Report, as_json, in_order, text_lines
 from data.checks import CHECKS
 from data.inspect import add_plan_flags, parse_plan_args, stream_plan
-from data.mixture import build_groups, load_mixture
+from data.mixture import Group, GroupSpec, build_groups, load_mixture
 from data.prediction import predict
 from data.scan import scan_groups
 from data.stdout import nobody_reads
@@ -68,20 +76,24 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> Report:
     """
     started = time.monotonic()
     found: list[GroupFault] = []
-    groups = open_mixture(
-        args.dataset_config_file,
-        lambda spec: build_groups((spec,), tokenizer, args.index_cache_dir)[0],
-        found,
-    )
+
+    def build(spec: GroupSpec) -> Group:
+        return build_groups((spec,), tokenizer, args.index_cache_dir)[0]
+
+    groups = open_mixture(args.dataset_config_file, build, found)
+    validation = open_validation(args.dataset_config_file, build, found)
     plan = stream_plan(args, groups, tokenizer)
     scan = partial(scan_groups, tokenizer=tokenizer, num_workers=args.num_workers)
     samples = None if args.scan else args.samples
-    scans = scan(plan, samples=samples, keep=args.show, progress=_Progress(args.dataset_config_file))
+    whole = replace(plan, groups=(*groups, *validation))
+    scans = scan(whole, samples=samples, keep=args.show, progress=_Progress(args.dataset_config_file))
     lines = YamlLines(args.dataset_config_file)
-    for group in groups:
+    for group in whole.groups:
         found += [(kind, group.name, faults) for kind, faults in scans[group.name].faults.items()]
-        found += group_faults(group, scans[group.name], plan, lines)
         found += copies(group, scans[group.name], args.show)
+    for group in groups:
+        found += group_faults(group, scans[group.name], plan, lines)
+    found += leaks(groups, scans, validation, scans, args.show)
     if args.against:
         others = build_groups(load_mixture(args.against), tokenizer, args.index_cache_dir)
         their_scans = scan(
@@ -101,6 +113,7 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> Report:
         prediction=prediction,
         no_prediction=no_prediction,
         seconds=time.monotonic() - started,
+        validation=validation,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from data.mixture import Group, GroupSpec, load_mixture
+from data.mixture import Group, GroupSpec, load_mixture, load_validation
 from data.scan import Found, Place, Scan
 from data.sources import ConcatSource
 from data.stream import StreamPlan
@@ -51,6 +51,17 @@ def open_mixture(file: Path, build: Builder, found: list[GroupFault]) -> tuple[G
         told = [place.message for _, _, places in found for place in places.first]
         raise ValueError(f"{file}: no group can be checked: {' | '.join(told)}")
     return tuple(groups)
+
+
+def open_validation(file: Path, build: Builder, found: list[GroupFault]) -> tuple[Group, ...]:
+    """Likewise those under `val`, if there are any; their names begin with `val.`.
+
+    Raises:
+        ValueError: as `load_validation`: one that cannot be read spoils them all.
+    """
+    lines = YamlLines(file)
+    specs = [replace(spec, name=f"val.{spec.name}") for spec in load_validation(file)]
+    return tuple(group for spec in specs if (group := _open(spec, build, lines, found)) is not None)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ ROLES: dict[Kind, str] = {
 
 def render(report: Report, tokenizer: Tokenizer) -> str:
     """The page."""
-    groups = report.plan.groups
+    groups = report.groups
     links = [("groups", "Groups"), ("faults", "Faults")]
     links += [(f"group-{group.name}", group.name) for group in groups]
     body = "".join(

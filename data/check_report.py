@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.checks import CHECKS, SEVERITIES
+from data.mixture import Group
 from data.prediction import Prediction
 from data.scan import COLUMNS, Found, Place, Scan
 from data.stream import StreamPlan
@@ -50,6 +51,7 @@ class Report:
         prediction: of packs; None if none could be made.
         no_prediction: why.
         seconds: that it took.
+        validation: groups under `val`, which are looked at and not packed; their names begin with `val.`.
     """
 
     file: Path
@@ -59,6 +61,12 @@ class Report:
     prediction: Prediction | None
     no_prediction: str
     seconds: float
+    validation: tuple[Group, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All that were looked at."""
+        return (*self.plan.groups, *self.validation)
 
     def near(self, text: str) -> str:
         """A text in which paths are relative to the mixture's directory, or to $WEFT_DATA, where that is shorter."""
@@ -140,7 +148,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "usable": scan.usable,
                 "tokens": token_counts(scan),
             }
-            for group in report.plan.groups
+            for group in report.groups
             for scan in [report.scans[group.name]]
         },
         "packs": asdict(report.prediction) if report.prediction else {"none_because": report.no_prediction},
@@ -225,9 +233,9 @@ GROUP_HEADER = (
 def group_rows(report: Report) -> Iterator[tuple[str, ...]]:
     """The table of groups, its header first."""
     yield GROUP_HEADER
-    for group in report.plan.groups:
+    for group in report.groups:
         scan, tokens, p = report.scans[group.name], token_counts(report.scans[group.name]), report.prediction
-        share = f"{p.share.get(group.name, 0):.1%}" if p else "-"
+        share = f"{p.share[group.name]:.1%}" if p and group.name in p.share else "-"
         steps = steps_text(p.steps_per_pass[group.name]) if p and group.name in p.steps_per_pass else "-"
         counts = [
             f"{tokens['all'][what]:,.0f}" if tokens else "-" for what in ("mean", "median", "p95", "max")

@@ -47,7 +47,7 @@ class PeakBytes:
         logits: a block of them, and the projection's gradient.
         autoencoder: its weights, and at `encode` its feature maps.
         passing: of the layer that is on its way back.
-        host: beside all that, in host memory (`--cpu_offload`), by name; in no sum.
+        host: beside all that, in host memory (`--cpu_offload`, `--ema_on_cpu`), by name; in no sum.
     """
 
     moment: str
@@ -99,6 +99,8 @@ def predict_peak(
     host: dict[str, int] = {}
     if fsdp.cpu_offload and device_type == "cuda":  # elsewhere host memory is what a rank computes in
         state, host = state.offloaded()
+    elif args.optim.ema_on_cpu and device_type == "cuda":
+        state, host = state.averages_offloaded()
     kept: dict[str, Any] = {
         "weights": state.weights,
         "moments": state.moments,

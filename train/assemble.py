@@ -86,7 +86,7 @@ def build_state(
     by_muon = args.optim.optimizer == "muon"
     groups = optimizer_groups(model, args.params, args.optim.lr, scale, matrices=by_muon)
     optimizer = build_optimizer(groups, args.optim)
-    ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup)
+    ema = Ema(model, args.optim.ema, warmup=args.optim.ema_warmup, on_cpu=args.optim.ema_on_cpu)
     return TrainState.create(model, optimizer, ema, args.data.num_lanes, demands, LossScale.build(args.fsdp))
 
 

@@ -27,14 +27,21 @@ from typing import Any
 from torch import Tensor
 
 from train.args import CheckpointArgs
-from train.distributed.collectives import Group, background_group, gather_objects, on_main, rank, world_size
+from train.distributed.collectives import (
+    Group,
+    ask_main,
+    background_group,
+    gather_objects,
+    on_main,
+    rank,
+    world_size,
+)
 from train.distributed.dcp import (
     INDEX,
     Piece,
     Saver,
     StoredTensors,
     load_tensors,
-    present,
     write_index,
     write_pieces,
 )
@@ -42,6 +49,7 @@ from train.files import describe_file, discard, put_in_place, sync_directory, wr
 from train.hooks import Hook
 from train.report import StepReport
 from train.state import TrainState
+from train.streams import present
 
 logger = logging.getLogger(__name__)
 
@@ -364,12 +372,16 @@ class Checkpoints:
                 pieces = write_pieces(draft / TENSORS, share, f"{rank()}.safetensors")
         except OSError as error:
             failure = f"{draft}: rank {rank()} cannot write: {error.strerror}"
-        shares = gather_objects((pieces, failure), self._group)
-        if failures := [line for _, line in shares if line]:
-            raise ValueError(failures[0])
         manifest = {"step": step, "world_size": world_size(), "figures": figures}
-        everything = [piece for pieces, _ in shares for piece in pieces]
-        on_main(lambda: self._complete(draft, final, everything, progress, manifest, beside), self._group)
+
+        def complete(shares: Sequence[tuple[Sequence[Piece], str]]) -> Sequence[None]:
+            if failures := [line for _, line in shares if line]:
+                raise ValueError(failures[0])
+            everything = [piece for pieces, _ in shares for piece in pieces]
+            self._complete(draft, final, everything, progress, manifest, beside)
+            return [None] * len(shares)
+
+        ask_main((pieces, failure), complete, self._group)
 
     def _complete(
         self,

@@ -34,11 +34,11 @@ from train.checkpoint import Checkpoints
 from train.clock import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, Clock
 from train.distributed.collectives import all_sum, gather_objects
 from train.distributed.session import Stopped, World
-from train.distributed.sharding import clip_grad_norm, sync_gradients
+from train.distributed.sharding import grad_norm, sync_gradients
 from train.hooks import Hook
 from train.journal import REJECTS_PATTERN
 from train.objective import Objective, by_sample, divisors
-from train.optim import set_learning_rates, trained_parameters
+from train.optim import clip_factor, set_learning_rates, trained_parameters
 from train.report import Reporter, StepReport
 from train.state import TrainState
 
@@ -169,13 +169,14 @@ def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -
     for hook in run.hooks:
         hook.before_update(state)
     with run.clock.phase(OPTIMIZER):
-        norm = clip_grad_norm(parameters, run.args.optim.max_grad_norm)
+        norm = grad_norm(parameters)
     loss_scale = state.loss_scale.value
     outcome = _judge(run, state, packs, each, norm)
     with run.clock.phase(OPTIMIZER):
         lr = set_learning_rates(state.optimizer, state.step, run.args.optim)
         if outcome.is_update:
-            state.optimizer.step()
+            state.ema.release()
+            state.optimizer.step(factor=clip_factor(float(norm), run.args.optim.max_grad_norm))
             state.ema.update(state.step)
         state.optimizer.zero_grad(set_to_none=True)
 

@@ -27,6 +27,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, starting_values, stored_values, weights_kind
+from modeling.ops.matmul import set_matmul_precision
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
 from train.assemble import build_run, build_state, prepare_model
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, about=sharding)
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
         stop = StopOnSignal()
-        torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
+        set_matmul_precision(args.fsdp.matmul_precision, world.device.type)
         for line in (
             *start_up_lines(args.flat(), world.device.type),
             *precision_lines(args.fsdp, world.device.type),

@@ -25,6 +25,7 @@ import torch
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.flops import PackShape
 from modeling.build import build_model, initial_values
+from modeling.ops.matmul import set_matmul_precision
 from train.activations import predict_peak
 from train.args import Args
 from train.assemble import build_run, build_state, prepare_model
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.params.lora_enable:
         raise ValueError("--lora_enable: adapters are not measured here; measure a run of train/main.py")
     with session(args.train.dist_timeout_s, args.train.global_seed) as world:
-        torch.set_float32_matmul_precision(args.fsdp.matmul_precision)
+        set_matmul_precision(args.fsdp.matmul_precision, world.device.type)
         shape = changed(SHAPES[own.shape], own.set)
         batch = BatchShape.parse(own.texts, own.see, own.draw)
         figures = measure(args, shape, batch, world, steps=own.steps, warm_up=own.warm_up)

@@ -52,6 +52,10 @@ class StateBytes:
         stays = replace(self, weights=self.weights_few_bits, gradients=0, moments=0, averages=0)
         return stays, {name: value - stays.parts()[name] for name, value in self.parts().items()}
 
+    def averages_offloaded(self) -> tuple["StateBytes", dict[str, int]]:
+        """With `--ema_on_cpu`: likewise; the weights are copied there to be averaged."""
+        return replace(self, averages=0), {"averages": self.averages, "copies": self.averages}
+
 
 def state_bytes(model: Bagel, args: Args, shards: int = 1) -> StateBytes:
     """Count a run's state.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.adamw import AdamW
 from train.distributed.matrices import each_whole
 from train.distributed.sharding import local
 
@@ -16,7 +17,7 @@ RMS = 0.2
 """Root mean square of an update, in learning rates: that of AdamW's, so that both take the same rates."""
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """AdamW whose groups with `matrices` are moved by Muon.
 
     A matrix W `m n` with gradient G goes by  M <- beta M + (1 - beta) G;  W <- W (1 - lr decay) - lr 0.2 sqrt(max(m, n))
@@ -36,19 +37,19 @@ class Muon(torch.optim.AdamW):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: None = None, *, factor: float = 1.0) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, as `AdamW.step`."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group.get("matrices")]
         try:
-            super().step(closure)
+            super().step(closure, factor=factor)
         finally:
             self.param_groups = groups
         for group in groups:
             if group.get("matrices"):
-                self._step_matrices(group)
+                self._step_matrices(group, factor)
 
-    def _step_matrices(self, group: Mapping[str, Any]) -> None:
+    def _step_matrices(self, group: Mapping[str, Any], factor: float) -> None:
         moved = [p for p in group["params"] if p.grad is not None]
         for p in moved:
             if not self.state[p]:
@@ -57,6 +58,8 @@ class Muon(torch.optim.AdamW):
             [local(p.grad) for p in moved],
             [local(self.state[p]["exp_avg"]) for p in moved],
         )
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
         torch._foreach_lerp_(moments, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, moments, self.momentum)
         directions = each_whole(moved, ahead, orthogonal)

@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from train.adamw import AdamW
 from train.args import OptimArgs
 from train.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> torch.optim.AdamW:
+def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> AdamW:
     """AdamW, or Muon for those of its groups that hold matrices.
 
     Args:
@@ -33,22 +32,7 @@ def build_optimizer(groups: Sequence[Mapping[str, object]], args: OptimArgs) -> 
     }
     if args.optimizer == "muon":
         return Muon(groups, momentum=args.muon_momentum, **adamw)
-    return torch.optim.AdamW([dict(group) for group in groups], **adamw)
-
-
-def kept_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter; made, with the values it would give it, where it has not stepped yet."""
-    entry: dict[str, Tensor] = optimizer.state[p]
-    if not entry:
-        if not group.get("matrices"):
-            entry["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        entry.update({moment: torch.zeros_like(p) for moment in MOMENTS[: moments_kept(group)]})
-    return entry
-
-
-def moments_kept(group: Mapping[str, Any]) -> int:
-    """How many moments are kept of every weight of a group."""
-    return 1 if group.get("matrices") else len(MOMENTS)
+    return AdamW([dict(group) for group in groups], **adamw)
 
 
 def lr_factor(step: int, args: OptimArgs) -> float:
@@ -84,6 +68,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, args: OptimA
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of a joint norm are multiplied with so that it is at most `max_norm`; 0: they stay as they are."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -212,8 +212,9 @@ def lines(outlook: Outlook, machine: Machine, args: Args) -> list[str]:
         )
     found.append(f"  highest at: {outlook.peak.moment} (docs/engine.md, Seeing and planning)")
     if host := outlook.peak.host:
+        flag = "--cpu_offload" if args.fsdp.cpu_offload else "--ema_on_cpu"
         found.append(
-            f"host memory of a rank (--cpu_offload): {sum(host.values()) / GIB:.2f} GiB, every rank of a machine anew"
+            f"host memory of a rank ({flag}): {sum(host.values()) / GIB:.2f} GiB, every rank of a machine anew"
         )
         found += [f"  {name:<14}{value / GIB:>9.3f} GiB" for name, value in host.items() if value]
     if needed > room:
@@ -246,7 +247,7 @@ def _advice(peak: PeakBytes, args: Args) -> list[str]:
         "activations": "--recompute True" if not args.fsdp.recompute else "a smaller --max_num_tokens",
         "weights": "more GPUs, --cpu_offload True, frozen parts in bf16 (--frozen_dtype bf16), adapters (--lora_enable True)",
         "moments": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
-        "averages": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
+        "averages": "--ema_on_cpu True, more GPUs, --cpu_offload True, adapters (--lora_enable True)",
         "gradients": "more GPUs, --cpu_offload True, adapters (--lora_enable True)",
         "gathered": "--sharding_strategy FULL_SHARD, a smaller --min_unit_params",
         "passing": "a smaller --max_num_tokens",

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from data.ledger import Demand, add_amounts
 from data.types import Amount, LaneCursor, Reject, amounts_from_json, amounts_to_json
+from train.adamw import AdamW, kept_of
 from train.distributed.collectives import gather_objects, rank, world_size
 from train.ema import Ema
 from train.loss_scale import LossScale
-from train.optim import kept_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class TrainState:
     """
 
     model: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     ema: Ema
     cursors: dict[int, LaneCursor]
     step: int = 0
@@ -53,7 +53,7 @@ class TrainState:
     @staticmethod
     def create(
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: AdamW,
         ema: Ema,
         num_lanes: int,
         demands: Mapping[str, Demand] | None = None,

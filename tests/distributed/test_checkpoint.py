@@ -22,8 +22,8 @@ from train import checkpoint
 from train.args import CheckpointArgs
 from train.checkpoint import Checkpoints, SaveInBackground, Start, complete_steps
 from train.distributed.collectives import all_sum, rank, world_size
-from train.distributed.sharding import clip_grad_norm
-from train.optim import set_learning_rates
+from train.distributed.sharding import grad_norm
+from train.optim import clip_factor, set_learning_rates
 from train.state import TrainState
 
 NUM_ROWS = 12
@@ -37,8 +37,8 @@ def advance(state: TrainState, steps: int, **flags: object) -> list[float]:
     for _ in range(steps):
         set_learning_rates(state.optimizer, state.step, args.optim)
         ((state.model(x).boxes - y).square().sum() / NUM_ROWS).backward()
-        norms.append(float(clip_grad_norm(state.model.parameters(), 1.0)))
-        state.optimizer.step()
+        norms.append(float(grad_norm(state.model.parameters())))
+        state.optimizer.step(factor=clip_factor(norms[-1], 1.0))
         state.ema.update(state.step)
         state.optimizer.zero_grad()
         for lane in range(rank(), LANES, world_size()):

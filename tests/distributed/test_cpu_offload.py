@@ -12,8 +12,8 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.toy import UNITS, build, rows, toy_args
 from train.distributed import sharding
 from train.distributed.session import session
-from train.distributed.sharding import clip_grad_norm, local
-from train.optim import set_learning_rates
+from train.distributed.sharding import grad_norm, local
+from train.optim import clip_factor, set_learning_rates
 
 
 def policies(flags: dict[str, object]) -> list[OffloadPolicy]:
@@ -54,9 +54,9 @@ def one_step(device: torch.device, **flags: object) -> tuple[dict[str, Tensor], 
     state = build(args, device=str(device))
     x, y = (part.to(device) for part in rows(12))
     ((state.model(x).boxes - y).square().sum() / 12).backward()
-    clip_grad_norm(state.model.parameters(), 0.1)
+    factor = clip_factor(float(grad_norm(state.model.parameters())), 0.1)
     set_learning_rates(state.optimizer, 0, args.optim)
-    state.optimizer.step()
+    state.optimizer.step(factor=factor)
     state.ema.update(0)
     shards = {local(p.detach()).device.type for p in state.model.parameters()}
     moments = {local(x).device.type for name, x in state.moments().items() if "exp_avg" in name}

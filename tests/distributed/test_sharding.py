@@ -13,14 +13,15 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.toy import UNITS, Toy, build, fsdp_args, rows, starting_value, toy_args
 from train.distributed.collectives import (
     all_sum,
+    ask_main,
     gather_objects,
     on_main,
     rank,
     world_size,
 )
 from train.distributed.mesh import build_mesh, mesh_shape
-from train.distributed.sharding import clip_grad_norm, materialise, shard_model, sync_gradients
-from train.optim import set_learning_rates
+from train.distributed.sharding import grad_norm, materialise, shard_model, sync_gradients
+from train.optim import clip_factor, set_learning_rates
 
 NUM_ROWS = 12
 PIECES = (1, 4, 0, 7)
@@ -39,7 +40,7 @@ def gradients(flags: dict[str, object], accumulate: int) -> tuple[dict[str, Tens
         ((model(x[cut]).boxes - y[cut]).square().sum() / NUM_ROWS).backward()
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     grads = full_tensors((n, p.grad) for n, p in trained)
-    return grads, float(clip_grad_norm((p for _, p in trained), 0.0))
+    return grads, float(grad_norm(p for _, p in trained))
 
 
 def reference() -> dict[str, Tensor]:
@@ -136,8 +137,8 @@ def three_steps(flags: dict[str, object]) -> dict[str, Tensor]:
     for step in range(3):
         set_learning_rates(state.optimizer, step, args.optim)
         ((state.model(x).boxes - y).square().sum() / NUM_ROWS).backward()
-        clip_grad_norm(state.model.parameters(), 0.1)
-        state.optimizer.step()
+        norm = float(grad_norm(state.model.parameters()))
+        state.optimizer.step(factor=clip_factor(norm, 0.1))
         state.optimizer.zero_grad()
     return full_tensors(state.model.named_parameters())
 
@@ -166,18 +167,26 @@ def small_tools() -> list[object]:
             on_main(action)
         except ValueError as error:
             failures.append(str(error))
+        try:
+            ask_main(None, lambda values, action=action: action())
+        except ValueError as error:
+            failures.append(str(error))
+    seen: list[int] = []
+    doubled = ask_main(rank(), lambda values: [2 * x for x in seen.extend(values) or values])
     return [
         all_sum(x).tolist(),
         gather_objects(rank()),
         failures,
         on_main(lambda: 7),
+        (doubled, seen),
     ]
 
 
 def test_collectives_on_two_ranks() -> None:
     results = run_distributed(small_tools, 2)
-    for result in results:
-        assert result == [[1.0, 2.0], [0, 1], ["disk is full", "KeyError: 'key'"], 7]
+    told = ["disk is full", "disk is full", "KeyError: 'key'", "KeyError: 'key'"]
+    assert results[0] == [[1.0, 2.0], [0, 1], told, 7, (0, [0, 1])]
+    assert results[1] == [[1.0, 2.0], [0, 1], told, 7, (2, [])]  # it has not seen the others' values
 
 
 def sharded_names(min_unit_params: int) -> tuple[str, ...]:

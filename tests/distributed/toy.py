@@ -70,7 +70,10 @@ def build(args: Args, *, sharded: bool = True, device: str = "cpu") -> TrainStat
     materialise(model, args.fsdp.home(device), starting_value)
     optimizer = build_optimizer(optimizer_groups(model, args.params, args.optim.lr), args.optim)
     return TrainState.create(
-        model, optimizer, Ema(model, args.optim.ema, warmup=args.optim.ema_warmup), LANES
+        model,
+        optimizer,
+        Ema(model, args.optim.ema, warmup=args.optim.ema_warmup, on_cpu=args.optim.ema_on_cpu),
+        LANES,
     )
 
 

@@ -35,6 +35,9 @@ class OptimArgs:
     ema_warmup: bool = flag(
         False, "Average faster in the beginning: after n updates the decay is at most (1+n)/(10+n)."
     )
+    ema_on_cpu: bool = flag(
+        False, "Keep the moving average in host memory: 4 bytes per parameter less on the GPU, 8 more there."
+    )
 
     @property
     def decay_begins(self) -> int:

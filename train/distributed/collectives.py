@@ -4,7 +4,7 @@ A rank that fails does not come back: the others notice when its connection clos
 Where one rank does something for all (`on_main`), its failure is raised on every rank, with the same message.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
 Group = dist.ProcessGroup
 
 
@@ -65,6 +66,41 @@ def barrier() -> None:
         dist.barrier()
 
 
+def ask_main(value: T, answer: Callable[[list[T]], Sequence[U]], group: Group | None = None) -> U:
+    """Bring every rank's value to rank 0, which makes an answer for each: no other rank sees more than its own.
+
+    Args:
+        value: this rank's.
+        answer: all values in order of rank -> as many answers; only rank 0 calls it.
+        group: see `background_group`.
+
+    Returns:
+        this rank's answer.
+
+    Raises:
+        ValueError: on every rank, as `on_main`.
+    """
+    main, count = rank() == 0, world_size()
+    values: list[Any] = [value] * count
+    if count > 1:
+        dist.gather_object(value, values if main else None, dst=0, group=group)
+    failure: Exception | None = None
+    answers: list[tuple[Any, str | None]] = []
+    if main:
+        try:
+            answers = [(own, None) for own in answer(values)]
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for their answers
+            failure, answers = error, [(None, _message(error))] * count
+    mine = answers[:1]
+    if count > 1:
+        mine = [(None, None)]
+        dist.scatter_object_list(mine, answers if main else None, src=0, group=group)
+    own, message = mine[0]
+    if message is not None:
+        raise ValueError(message) from failure
+    return own
+
+
 def on_main(action: Callable[[], T], group: Group | None = None) -> T:
     """Let rank 0 do something and tell the others.
 
@@ -80,11 +116,15 @@ def on_main(action: Callable[[], T], group: Group | None = None) -> T:
     if rank() == 0:
         try:
             result = action()
-        except (ValueError, OSError, RuntimeError) as error:
-            failure, message = error, str(error)
         except Exception as error:  # noqa: BLE001 - see above
-            failure, message = error, f"{type(error).__name__}: {error}"
+            failure, message = error, _message(error)
     result, message = broadcast_object((result, message), group)
     if message is not None:
         raise ValueError(message) from failure
     return result  # type: ignore[return-value]
+
+
+def _message(error: Exception) -> str:
+    """What a failure says; with its type where that says nothing to people by itself."""
+    plain = isinstance(error, (ValueError, OSError, RuntimeError))
+    return str(error) if plain else f"{type(error).__name__}: {error}"

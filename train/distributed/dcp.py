@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -28,8 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from train.distributed.collectives import Group, gather_objects, rank
+from train.distributed.collectives import Group, ask_main, gather_objects, rank
 from train.files import write_json
+from train.streams import beside
 
 INDEX = "index.json"
 CHUNK_BYTES = 1 << 22
@@ -138,12 +138,15 @@ class Saver:
         planner.set_up_planner(dict(tensors), is_coordinator=rank() == 0)
         known = [(name, x.shape) for name, x in tensors.items()]
         if known != self._known:
-            shares, _ = planner.create_global_plan(gather_objects(planner.create_local_plan(), group))
-            self._items = [item for item in shares[rank()].items if _piece(item).shape.count(0) == 0]
+            # Only rank 0 sees all plans: they grow with ranks times tensors.
+            share = ask_main(
+                planner.create_local_plan(), lambda plans: planner.create_global_plan(plans)[0], group
+            )
+            self._items = [item for item in share.items if _piece(item).shape.count(0) == 0]
             self._known, self._copies = known, []
         live = [cast(Tensor, planner.resolve_data(item)) for item in self._items]
         if self.aside:
-            with _beside(after) as stream:
+            with beside(after) as stream:
                 if not self._copies:
                     self._copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in live]
                 torch._foreach_copy_(self._copies, live, non_blocking=True)
@@ -151,27 +154,6 @@ class Saver:
                 stream.synchronize()
             live = self._copies
         return [(_piece(item), x) for item, x in zip(self._items, live, strict=True)]
-
-
-@contextmanager
-def _beside(after: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
-    """A stream of its own on the GPU, which begins after an event; nothing without one."""
-    if after is None:
-        yield None
-        return
-    stream = torch.cuda.Stream(device=after.device)
-    stream.wait_event(after)
-    with torch.cuda.stream(stream):  # and on its device: a thread begins on the first GPU
-        yield stream
-
-
-def present() -> torch.cuda.Event | None:
-    """The moment on the GPU at which everything asked of it so far is done; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def write_pieces(directory: Path, share: Sequence[tuple[Piece, Tensor]], file: str) -> list[Piece]:

@@ -72,7 +72,7 @@ def shard_model(
     chosen = units(model, plan, args)
     for unit in chosen:
         module = model.get_submodule(unit.fqn)
-        policy = _policy(args, root=unit.fqn == ROOT)
+        policy = MixedPrecisionPolicy() if unit.exact else _policy(args, root=unit.fqn == ROOT)
         fully_shard(
             module,
             mesh=flat,
@@ -180,24 +180,17 @@ def extra_backward(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their joint L2 norm is at most `max_norm`; one collective for all of them.
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Joint L2 norm of the gradients; one collective for all of them.
 
     Args:
         parameters: all of one model.
-        max_norm: 0 only measures.
 
     Returns:
-        float32 scalar, the norm before, equal on all ranks.
+        float32 scalar, equal on all ranks.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    pieces = [local(g) for g in grads]
-    norm = joint_norms([grads])[0].to(pieces[0].device)
-    if max_norm > 0:
-        torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return joint_norms([grads])[0].to(grads[0].device) if grads else torch.zeros(())
 
 
 @torch.no_grad()

@@ -475,6 +475,32 @@ def test_leaks_between_train_and_validation_are_named(quickstart, tmp_path):
     assert ("leaked_text", "text", "text_train.jsonl:5", f"text_val.jsonl:{added}") in leaked
 
 
+def test_groups_of_validation_are_looked_at_too(quickstart, tmp_path):
+    root = tmp_path / "validated"
+    shutil.copytree(quickstart, root)
+    shutil.copy(root / "data/train/images/scene_000007.png", root / "data/val/images/scene_000002.png")
+    edit_line(
+        root / "data/vqa_val.jsonl",
+        5,
+        lambda row: row["message"][0].update(value="<image>\n<image>\nHow many?"),
+    )
+    mixture = yaml.safe_load((root / "mixture.yaml").read_text())
+    places = {"data_dir": "data", "jsonl_path": "data/vqa_val.jsonl"}
+    mixture["dataset_info"]["SftJSONLIterableDataset_Ver1"]["held_out"] = places
+    mixture["val"] = {"vqa": {"dataset_names": ["held_out"]}}
+    (root / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+    code, report = quietly(root)
+    assert code == 1 and report["groups"]["val.vqa"]["records"] == 9
+    found = {
+        (f["kind"], f["group"], p["where"].rpartition("/")[2]) for f in report["faults"] for p in f["first"]
+    }
+    assert ("image_count", "val.vqa", "vqa_val.jsonl:5") in found
+    assert ("leaked_picture", "vqa", "vqa_train.jsonl:8") in found
+    assert report["packs"]["share"].keys() == set(report["groups"]) - {
+        "val.vqa"
+    }  # nothing of it is trained on
+
+
 def test_a_tiny_group_is_a_fault_unless_accepted(quickstart):
     code, report = quietly(quickstart, "--num_lanes", "20", "--packs_per_step", "2")
     assert code == 1 and [f["kind"] for f in report["faults"] if f["severity"] == "warning"] == ["tiny_group"]

@@ -97,8 +97,8 @@ def test_what_is_offloaded_lies_in_host_memory() -> None:
         build_model(SMALL.bagel),
     )
 
-    def peak(device_type: str, *, cpu_offload: bool) -> PeakBytes:
-        args = build_args({"cpu_offload": cpu_offload})
+    def peak(device_type: str, *, cpu_offload: bool, ema_on_cpu: bool = False) -> PeakBytes:
+        args = build_args({"cpu_offload": cpu_offload, "ema_on_cpu": ema_on_cpu})
         return predict_peak(model, args, shape, SMALL.autoencoder, world_size=2, device_type=device_type)
 
     state = state_bytes(model, build_args({}), 2)
@@ -110,6 +110,11 @@ def test_what_is_offloaded_lies_in_host_memory() -> None:
     assert on.total <= off.total - state.weights - state.moments - state.averages and not off.host
     on_cpu = peak("cpu", cpu_offload=True)
     assert on_cpu == peak("cpu", cpu_offload=False) and not on_cpu.host
+    average_off = peak("cuda", cpu_offload=False, ema_on_cpu=True)
+    assert average_off == replace(
+        off, averages=0, host={"averages": state.averages, "copies": state.averages}
+    )
+    assert peak("cuda", cpu_offload=True, ema_on_cpu=True) == on
 
 
 @pytest.mark.parametrize(

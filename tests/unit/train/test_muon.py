@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from train.adamw import kept_of
 from train.args import OptimArgs, ParamArgs
 from train.muon import RMS, Muon, orthogonal
-from train.optim import build_optimizer, kept_of
+from train.optim import build_optimizer
 from train.param_manager import by_muon, optimizer_groups
 
 

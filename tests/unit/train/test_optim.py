@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from train.config import build_args
-from train.optim import build_optimizer, lr_factor, set_learning_rates, trained_parameters
+from train.distributed.sharding import grad_norm
+from train.optim import build_optimizer, clip_factor, lr_factor, set_learning_rates, trained_parameters
 
 
 def test_groups_keep_their_proportion() -> None:
@@ -47,3 +48,34 @@ def test_adamw_is_the_textbook_formula() -> None:
     optimizer.step()
     # First step: the bias-corrected moments are the gradient and its square; a zero gradient leaves only the decay.
     torch.testing.assert_close(p.detach(), torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95]))
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_a_step_is_torchs_after_clipping(size: float) -> None:
+    """`factor` is what `clip_grad_norm_` does before, within the optimizer's own call."""
+    args = build_args({"lr": 1e-2, "weight_decay": 0.1, "warmup_steps": 0}).optim
+    torch.manual_seed(0)
+    first = nn.Linear(40, 30)
+    second = nn.Linear(40, 30)
+    second.load_state_dict(first.state_dict())
+    ours = build_optimizer([{"name": "all", "params": list(first.parameters()), "peak_lr": 1e-2}], args)
+    theirs = torch.optim.AdamW(
+        second.parameters(), lr=1e-2, betas=(args.beta1, args.beta2), eps=args.eps, weight_decay=0.1
+    )
+    for step in range(3):
+        for p, q in zip(first.parameters(), second.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            p.grad *= size / 40
+            q.grad = p.grad.clone()
+        norm = nn.utils.clip_grad_norm_(second.parameters(), 1.0)
+        assert float(norm) == pytest.approx(size, rel=0.3)
+        set_learning_rates(ours, step, args)
+        ours.step(factor=clip_factor(float(grad_norm(first.parameters())), 1.0))
+        theirs.step()
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_clipped_below_the_limit_or_without_one() -> None:
+    assert clip_factor(0.5, 1.0) == clip_factor(100.0, 0.0) == 1.0
+    assert clip_factor(4.0, 1.0) == pytest.approx(0.25)
