@@ -17,7 +17,7 @@ from torch import Tensor
 from data.dataset_base import SkipSample, Transform
 from data.rgb_image import RgbImage
 from data.tokens import ANCHORS, Tokenizer
-from data.types import EMPTY_MASK, NO_BOXES, Kind, Region, Sample, Segment
+from data.types import EMPTY_MASK, EMPTY_PIXELS, NO_BOXES, Kind, Region, Sample, Segment
 
 IMAGE = "<image>"
 VIDEO = "<video>"
@@ -65,6 +65,7 @@ def image_segment(
     num_images: int = 1,
     *,
     droppable: bool = False,
+    view: Transform | None = None,
 ) -> Segment:
     """A picture in one role, in the transform of its tower.
 
@@ -74,9 +75,15 @@ def image_segment(
         transform: the ViT's for `und_image`, the VAE's for the others; a class that uses one lists it in `needs`.
         num_images: how many pictures the sample has.
         droppable: may be left out by condition dropout.
+        view: of an `und_image`, the transform of an image encoder inside a head (`TaskDataset.head_transform`).
     """
     assert transform is not None, "TaskDataset.needs lists what a class uses; the YAML is checked against it"
-    return Segment(kind=kind, pixels=transform(image, num_images), droppable=droppable)
+    return Segment(
+        kind=kind,
+        pixels=transform(image, num_images),
+        view=EMPTY_PIXELS if view is None else view(image),
+        droppable=droppable,
+    )
 
 
 def text_segments(

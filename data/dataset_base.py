@@ -59,6 +59,7 @@ class TaskDataset(ABC):
         tokenizer: encodes the texts.
         vit_transform: picture -> pixels for the ViT, or None if the YAML has no such block.
         vae_transform: the same for the VAE.
+        head_transform: the same for an image encoder inside a perception head; None: there is none.
         upstream_compat: do what the published code does where that is odd; each class says what.
     """
 
@@ -86,11 +87,13 @@ class TaskDataset(ABC):
         tokenizer: Tokenizer,
         vit_transform: Transform | None = None,
         vae_transform: Transform | None = None,
+        head_transform: Transform | None = None,
         upstream_compat: bool = False,
     ):
         self.tokenizer = tokenizer
         self.vit_transform = vit_transform
         self.vae_transform = vae_transform
+        self.head_transform = head_transform
         self.upstream_compat = upstream_compat
 
     @abstractmethod
@@ -151,7 +154,7 @@ class TaskDataset(ABC):
             named = {**parameters, **named}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break
-        own = {"self", "tokenizer", "vit_transform", "vae_transform"}
+        own = {"self", "tokenizer", "vit_transform", "vae_transform", "head_transform"}
         by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return {n: p for n, p in named.items() if n not in own and p.kind in by_name}
 

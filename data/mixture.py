@@ -9,6 +9,7 @@
       when_exhausted: repeat              # after its last record: repeat, drop (others go on) or stop (the run ends)
       epochs: 1                           # with drop and stop: how often its records are read
       vit_image_transform_args: {image_stride: 14, max_image_size: 980, min_image_size: 378}
+      head_image_transform_args: {type: sam, image_size: 1024} # of a mask head with an encoder of its own (docs/segmentation.md)
       upstream_compat: false              # true: what the published code does, where that is odd
       max_turns: 4                        # every other key is an argument of the dataset class
     val:                                  # groups of validation: read once unless they say otherwise; a group that is named as
@@ -48,8 +49,8 @@ NOTE_KEYS = ("num_files", "num_total_samples")
 
 GROUP_KEYS = (
     "type", "dataset_names", "weight", "num_used_data", "is_mandatory", "image_transform_args",
-    "vit_image_transform_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "upstream_compat", "when_exhausted",
-    "epochs",
+    "vit_image_transform_args", "head_image_transform_args", "shuffle_lines", "shuffle_seed", "resume_data_status",
+    "upstream_compat", "when_exhausted", "epochs",
 )  # fmt: skip
 
 NOT_GROUPS = ("dataset_info", "val")
@@ -101,7 +102,7 @@ class GroupSpec:
         when_exhausted: what then.
         sources: read one after the other as one list of records.
         options: further arguments of the dataset class.
-        vae_transform, vit_transform: arguments of the transforms.
+        vae_transform, vit_transform, head_transform: arguments of the transforms.
     """
 
     name: str
@@ -112,6 +113,7 @@ class GroupSpec:
     options: Mapping[str, Any]
     vae_transform: Mapping[str, Any] | None = None
     vit_transform: Mapping[str, Any] | None = None
+    head_transform: Mapping[str, Any] | None = None
     epochs: int | None = None
     when_exhausted: WhenExhausted = "repeat"
 
@@ -238,10 +240,12 @@ def build_groups(
 
 def _build_group(spec: GroupSpec, tokenizer: Tokenizer, index_cache_dir: str | Path | None) -> Group:
     try:
+        view = {} if spec.head_transform is None else {"head_transform": build_transform(spec.head_transform)}
         dataset = spec.dataset_class(
             tokenizer=tokenizer,
             vit_transform=None if spec.vit_transform is None else build_transform(spec.vit_transform),
             vae_transform=None if spec.vae_transform is None else build_transform(spec.vae_transform),
+            **view,
             **spec.options,
         )
         _require_folders(spec)
@@ -366,6 +370,7 @@ class _Entry:
         role_of = {
             "image_transform_args": self.dataset_class.image_transform_role,
             "vit_image_transform_args": "vit",
+            "head_image_transform_args": "head",
         }
         given: dict[str, Mapping[str, Any]] = {}
         for key, role in role_of.items():
@@ -375,7 +380,7 @@ class _Entry:
             if not isinstance(block, dict):
                 raise ValueError(f"{self.where}.{key}: expected keys such as 'image_stride', found {block!r}")
             given[role] = block
-            if role not in self.dataset_class.needs:
+            if role not in (*self.dataset_class.needs, "head"):
                 logger.info(
                     "%s.%s: not used, %s needs no pictures for the %s",
                     self.where,
@@ -460,6 +465,7 @@ class _Entry:
             epochs=epochs,
             when_exhausted=when_exhausted,
         )
+            head_transform=self.transforms.get("head"),
 
     def _end(self) -> tuple[WhenExhausted, int | None]:
         """What follows the last record, and after how many epochs."""

@@ -44,7 +44,7 @@ class ReferDataset(TaskDataset):
     Plan: und_image, then per question text ("Where is the red 7?"), text (supervised: "<BOX>" or "<SEG>", with its region).
 
     Args:
-        tokenizer, vit_transform, vae_transform: of the group.
+        tokenizer, vit_transform, vae_transform, head_transform: of the group.
         box_templates: questions for the box, one of them drawn each time; an empty list asks for none.
         mask_templates: the same for the mask.
         max_turns: random subset of this many questions; 0 = all.
@@ -88,7 +88,7 @@ class ReferDataset(TaskDataset):
         if not things:
             raise SkipSample("no_target", "nothing in the picture has a name to ask for")
         picture = self.open_image(record, file)
-        und = image_segment("und_image", picture, self.vit_transform)
+        und = image_segment("und_image", picture, self.vit_transform, view=self.head_transform)
         hw = (und.pixels.shape[1], und.pixels.shape[2])
         # Every thing is read, asked for or not: whether a record is rejected must not hang on the draw.
         asked = [(thing, target) for thing in things for target in self._targets(thing, picture.size, hw)]

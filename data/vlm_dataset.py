@@ -95,7 +95,14 @@ class VlmDataset(TaskDataset):
         turns = show_frames(row.turns, len(pictures)) if row.video else row.turns
         droppable = self.drop_image and not row.objects
         und = [
-            image_segment("und_image", picture, self.vit_transform, len(pictures), droppable=droppable)
+            image_segment(
+                "und_image",
+                picture,
+                self.vit_transform,
+                len(pictures),
+                droppable=droppable,
+                view=self.head_transform if row.objects else None,
+            )
             for picture in pictures
         ]
         if row.objects and self.upstream_compat:

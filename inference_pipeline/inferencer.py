@@ -7,7 +7,7 @@ Prompts of one call may differ in length, order and picture size; each gives wha
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from data.conversation import IMAGE, image_segment, prompt_segments, text_segments
-from data.dataset_base import SkipSample
+from data.dataset_base import SkipSample, Transform
 from data.rgb_image import to_rgb
 from data.tokens import Tokenizer
-from data.transforms.image import ImageTransform
+from data.transforms import ImageTransform, build_transform
 from data.types import Kind, Segment
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.choice import Choose, Drawn, likeliest
+from modeling.bagel.config import BagelConfig
 from modeling.bagel.decode import Decoder, DrawOptions, without_last_text
 from modeling.bagel.latents import LatentEncoder
 from modeling.bagel.regions import regions_of
 from modeling.build import load_model
+from modeling.heads import head_class
 
 PUBLISHED_TRANSFORMS: dict[str, dict[str, int]] = {
     "vae": {"max_image_size": 1024, "min_image_size": 512, "stride": 16},
@@ -136,9 +138,10 @@ class Inferencer:
         vit_transform: ImageTransform,
         vae_transform: ImageTransform,
         reading: Reading = Reading(),  # noqa: B008 - frozen
+        head_transform: Transform | None = None,
     ):
         self.decoder, self.tokenizer, self.reading = decoder, tokenizer, reading
-        self._vae_transform = vae_transform
+        self._vae_transform, self._head_transform = vae_transform, head_transform
         self._transforms = {"und_image": vit_transform, "cond_image": vae_transform}
 
     @staticmethod
@@ -168,7 +171,15 @@ class Inferencer:
         encoder = LatentEncoder(load_autoencoder(path, device), model.config.latent_patch_size, cache_mb=64)
         decoder = Decoder(model, encoder, model.config.layout, tokenizer.special)
         transforms = _read_transforms(Path(path) / "preprocessor_config.json")
-        return Inferencer(decoder, tokenizer, transforms["vit"], transforms["vae"], reading)
+        _require_view(model.config, transforms, Path(path) / "preprocessor_config.json")
+        return Inferencer(
+            decoder,
+            tokenizer,
+            transforms["vit"],
+            transforms["vae"],
+            reading,
+            head_transform=transforms.get("head"),
+        )
 
     def answer(
         self,
@@ -265,9 +276,13 @@ class Inferencer:
         # Training shares a transform's area among the pictures of a question, not among those of an edit.
         sharing = len(seen) if roles == ("und_image",) and not self.reading.vae_resize_first else 1
         first = self._resized_by_vae if self.reading.vae_resize_first else lambda image: image
+        views = {"und_image": self._head_transform, "cond_image": None}
         pictures = [
             tuple(
-                replace(image_segment(role, first(image), self._transforms[role], sharing), noise_seed=number)
+                replace(
+                    image_segment(role, first(image), self._transforms[role], sharing, view=views[role]),
+                    noise_seed=number,
+                )
                 for role in roles
             )
             for number, image in enumerate(seen)
@@ -366,12 +381,22 @@ def _to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def _read_transforms(file: Path) -> dict[str, ImageTransform]:
+def _require_view(config: BagelConfig, transforms: Mapping[str, Any], file: Path) -> None:
+    for head, options in config.heads.items():
+        if "head" not in transforms and head_class(head, options).wants_view(options):
+            raise ValueError(
+                f"{file}: the {head} head has an image encoder of its own and nothing says what it sees; add "
+                '"head": {"type": "sam", "image_size": 1024} with the size that it was trained with'
+            )
+
+
+def _read_transforms(file: Path) -> dict[str, Any]:
     values: dict[str, Any] = PUBLISHED_TRANSFORMS
     if file.is_file():
         try:
             values = json.loads(file.read_text())
-            return {name: ImageTransform(**values[name]) for name in ("vit", "vae")}
+            head = {"head": build_transform(values["head"])} if "head" in values else {}
+            return {**head, **{name: ImageTransform(**values[name]) for name in ("vit", "vae")}}
         except (json.JSONDecodeError, TypeError, KeyError, ValueError) as e:
             raise ValueError(
                 f"{file}: expected vit and vae with max_image_size, min_image_size, stride ({e!r})"

@@ -27,6 +27,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.shard_plan import shard_plan
 from modeling.build import Values, build_model, starting_values, stored_values, weights_kind
+from modeling.heads import head_class
 from modeling.ops.matmul import set_matmul_precision
 from modeling.source import ModelSource
 from train.args import Args, FsdpArgs
@@ -193,12 +194,24 @@ def require_heads(config: BagelConfig, groups: Sequence[Group], model_path: Path
                 f"group {group.name!r}: {type(group.dataset).__name__} asks for what the model has no head for: "
                 f"{', '.join(missing)} {named}; take the group out of the mixture{rest}, or start from a model that has them"
             )
-        for head, where in asked_heads(group.dataset, group.source).items():
+        asked = asked_heads(group.dataset, group.source)
+        _require_views(config, group, {*group.dataset.heads, *asked})
+        for head, where in asked.items():
             if head not in config.heads:
                 raise ValueError(
                     f"group {group.name!r}: {where} asks for what the model has no head for: {head} {named}; remove the row's "
                     f"objects and their {ANCHORS[head]}, take the group out of the mixture, or start from a model that has it"
                 )
+
+
+def _require_views(config: BagelConfig, group: Group, asked: set[str]) -> None:
+    for head in sorted(asked & config.heads.keys()):
+        options = config.heads[head]
+        if head_class(head, options).wants_view(options) and group.dataset.head_transform is None:
+            raise ValueError(
+                f"group {group.name!r}: the {head} head has an image encoder of its own, which sees no picture; give the group "
+                "head_image_transform_args (for SAM's encoder {type: sam, image_size: 1024})"
+            )
 
 
 def first_values(args: Args, source: ModelSource, model: Bagel, start: Start | None) -> Values:

@@ -70,7 +70,13 @@ class EditDataset(TaskDataset):
         drop = self.drop_condition
         cond = [image_segment("cond_image", p, self.vae_transform, droppable=drop) for p in inputs]
         und = [
-            image_segment("und_image", p, self.vit_transform, droppable=drop and not row.objects)
+            image_segment(
+                "und_image",
+                p,
+                self.vit_transform,
+                droppable=drop and not row.objects,
+                view=self.head_transform if row.objects else None,
+            )
             for p in inputs
         ]
         shown: list[Picture] = list(zip(cond, und, strict=True))

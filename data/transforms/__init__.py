@@ -1,23 +1,26 @@
 """Image transforms by name: a picture goes in, uint8 pixels come out.
 
-A transform is one file and one row in `TRANSFORMS`. The YAML blocks `image_transform_args` (VAE) and `vit_image_transform_args`
-(ViT) are its keyword arguments; `type:` chooses the row, and `image` is meant where it is left out.
+A transform is one file and one row in `TRANSFORMS`. The YAML blocks `image_transform_args` (VAE), `vit_image_transform_args`
+(ViT) and `head_image_transform_args` (an encoder inside a perception head) are its keyword arguments; `type:` chooses the row,
+and `image` is meant where it is left out.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from data.transforms.image import ImageTransform
+from data.transforms.longest import LongestSide
 
-TRANSFORMS = {
+TRANSFORMS: dict[str, Callable[..., Any]] = {
     "image": ImageTransform,
+    "sam": LongestSide,
 }
 
 
-def build_transform(args: Mapping[str, Any]) -> ImageTransform:
-    """Build the transform that a YAML block describes.
+def build_transform(args: Mapping[str, Any]) -> Any:
+    """Build the transform that a YAML block describes, a row of TRANSFORMS.
 
     Raises:
         ValueError: if the type or a key is unknown (the nearest one is named), or a value makes no sense.
@@ -41,4 +44,4 @@ def build_transform(args: Mapping[str, Any]) -> ImageTransform:
     return TRANSFORMS[name](**options)
 
 
-__all__ = ["TRANSFORMS", "ImageTransform", "build_transform"]
+__all__ = ["TRANSFORMS", "ImageTransform", "LongestSide", "build_transform"]
