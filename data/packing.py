@@ -14,7 +14,18 @@ from torch import Tensor
 
 from data.layout import LayoutSpec, SegmentLayout, Splits, grid_position, lay_out, splits_of
 from data.tokens import SpecialTokens
-from data.types import EMPTY_IDS, LaneCursor, Mode, PackedBatch, Region, RegionBatch, Reject, Sample, Segment
+from data.types import (
+    EMPTY_IDS,
+    ROLES,
+    LaneCursor,
+    Mode,
+    PackedBatch,
+    Region,
+    RegionBatch,
+    Reject,
+    Sample,
+    Segment,
+)
 
 FACTORS = np.frombuffer(hashlib.shake_128(b"weft").digest(8 * 512), "<u8") | np.uint64(1)
 """Odd numbers without a pattern."""
@@ -144,6 +155,7 @@ class _Fields:
         self.label_ids: list[Tensor] = []
         self.label_index: list[Tensor] = []
         self.label_weight: list[Tensor] = []
+        self.label_role: list[Tensor] = []
         self.und_pixels: list[Tensor] = []
         self.und_position: list[Tensor] = []
         self.und_index: list[Tensor] = []
@@ -169,6 +181,7 @@ class _Fields:
         self.label_ids.append(layout.label_ids)
         self.label_index.append(layout.label_at + self.length)
         self.label_weight.append(layout.label_weight)
+        self.label_role.append(torch.full_like(layout.label_ids, ROLES.index(segment.role)))
         if segment.kind != "text":
             self._add_patches(segment, layout.patch_hw)
         self.length += layout.length
@@ -216,6 +229,7 @@ class _Fields:
             label_ids=_cat(self.label_ids),
             label_index=_cat(self.label_index),
             label_weight=_cat(self.label_weight, torch.zeros(0)),
+            label_role=_cat(self.label_role),
             und_patches=_all_patches(self.und_pixels, self.spec.vit_patch_size),
             und_position=_cat(self.und_position),
             und_index=_cat(self.und_index),

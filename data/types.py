@@ -17,6 +17,10 @@ Kind = Literal["text", "und_image", "cond_image", "gen_image"]
 Mode = Literal["causal", "full", "noise"]
 """How a split attends: `causal` to what precedes each token, `full` and `noise` to all of itself; nobody else sees `noise`."""
 
+Role = Literal["", "teacher", "student"]
+"""Whose answer a supervised text is, where a sample has demonstrations; their losses are reported apart."""
+ROLES: tuple[Role, ...] = ("", "teacher", "student")
+
 EMPTY_IDS = torch.zeros(0, dtype=torch.int64)
 EMPTY_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
 EMPTY_MASK = torch.zeros(0, 0, dtype=torch.uint8)
@@ -33,6 +37,7 @@ class Segment:
         pixels: `3 hh ww` uint8, an image after its transform; empty for text.
         view: `3 hh ww` uint8, an `und_image` as an image encoder inside a head wants it; empty if no head asked.
         supervised: a text whose tokens are predicted.
+        role: whose answer it is, see `Role`.
         droppable: may be left out by condition dropout.
         dropped: was left out; images then leave a gap of one rotary position.
         bare: a text without its begin and end tokens (one decoded token at inference).
@@ -52,6 +57,7 @@ class Segment:
     pixels: Tensor = EMPTY_PIXELS
     view: Tensor = EMPTY_PIXELS
     supervised: bool = False
+    role: Role = ""
     droppable: bool = False
     dropped: bool = False
     bare: bool = False
@@ -310,6 +316,7 @@ class PackedBatch:
         position: `s` int64, rotary position of every token.
         label_ids, label_index: `c` int64, what the token at that place has to predict.
         label_weight: `c` float32.
+        label_role: `c` int64, place in ROLES of what each is a part of.
         und_patches: `v (p p 3)` uint8 pixels, row-major patches, channel fastest.
         und_position, und_index: `v` int64, place in the 2-D position table; place in the sequence.
         und_hw: `n 2` int64, patch rows and columns of each image.
@@ -331,6 +338,7 @@ class PackedBatch:
     label_ids: Tensor
     label_index: Tensor
     label_weight: Tensor
+    label_role: Tensor
     und_patches: Tensor
     und_position: Tensor
     und_index: Tensor

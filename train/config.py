@@ -58,8 +58,8 @@ def _flag_table() -> dict[str, _Flag]:
 
 
 BOOLEANS = {
-    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+    **dict.fromkeys(("true", "t", "yes", "y", "1", "on"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0", "off"), False),
 }
 """Words for booleans, as the published trainers take them."""
 
@@ -85,7 +85,10 @@ def parse_args(argv: Sequence[str] | None = None, about: Callable[[Args], str] =
         )
     given = vars(known)
     print_config, run_file = given.pop("print_config"), given.pop("config")
-    values = {**(read_run_file(Path(run_file)) if run_file else {}), **given}
+    of_file = read_run_file(Path(run_file)) if run_file else {}
+    if given.pop("strict_config"):
+        _require_complete(of_file, run_file)
+    values = {**of_file, **given}
     args = build_args(values)
     if print_config:
         comment = "".join(f"# {line}\n" for line in about(args).splitlines())
@@ -120,6 +123,16 @@ def build_args(values: Mapping[str, Any]) -> Args:
     _require_consistent(args)
     refuse_unbuilt(args.flat())
     return args
+
+
+def _require_complete(values: Mapping[str, Any], run_file: str | None) -> None:
+    if not run_file:
+        raise ValueError("--strict_config needs --config FILE: the file in which every flag has to stand")
+    if missing := [name for name in FLAGS if name not in values]:
+        raise ValueError(
+            f"--strict_config: {run_file} (with what it inherits) lacks {len(missing)} of {len(FLAGS)} keys: "
+            f"{', '.join(missing)}; --print_config prints a whole file"
+        )
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _convert(row: _Flag, value: Any) -> Any:
         return os.path.expanduser(str(value))
     else:
         try:
-            number = kind(value)
+            number = _whole(value) if kind is int else kind(value)
         except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number) and (isinstance(value, str) or number == value):
@@ -167,9 +180,24 @@ def _convert(row: _Flag, value: Any) -> Any:
     raise ValueError(f"{value!r} is not {row.kind}")
 
 
+def _whole(value: str | int | float) -> int:
+    """A whole number, also as `1e3`; digits alone are never read as a float, which would round the long ones."""
+    try:
+        return int(value) if not isinstance(value, float) else _integral(value)
+    except ValueError:
+        return _integral(float(value))
+
+
+def _integral(value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"{value} is not whole")
+    return int(value)
+
+
 _OTHER_WORDS = {
     "help": None,
     "config": None,
+    "strict_config": None,
     "print_config": None,
     **{f"no_{n}": r for n, r in FLAGS.items()},
 }
@@ -205,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of the flags below; `_base_: FILE` inherits."
+    )
+    parser.add_argument(
+        "--strict_config",
+        action="store_true",
+        help="Every flag has to stand in the file of --config or in what it inherits: no default counts but its own words.",
     )
     parser.add_argument("--print_config", action="store_true", help="Print every value in force and stop.")
     for group, group_class in GROUPS.items():

@@ -17,7 +17,7 @@ from modeling.autoencoder import AutoEncoder
 from modeling.heads import head_class
 from modeling.losses import LOSSES, Loss
 from modeling.losses.pictures import Decode, PictureLoss, dissimilarity, mean_absolute, mean_square
-from modeling.types import FlowState, LossTerm, ModelOutput
+from modeling.types import FlowState, LossTerm, LossValues, ModelOutput
 from train.args import LossArgs, PictureLossArgs
 
 Divisor = Literal["step", "micro_batch"]
@@ -57,7 +57,11 @@ class Objective:
     def terms(self, output: ModelOutput, batch: PackedBatch, flow: FlowState) -> tuple[LossTerm, ...]:
         """Every loss of this pack, summed."""
         chosen = {name: self.losses[name] for name in self.weights}
-        values = {name: loss.values(output, batch, flow) for name, loss in chosen.items()}
+        values: dict[str, LossValues] = {}
+        for name, loss in chosen.items():
+            learns = bool(self.weights[name]) or not loss.watched
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                values[name] = loss.values(output, batch, flow)
         return tuple(
             LossTerm(name=name, total=values[name].total, each=values[name].each, things=loss.things(batch))
             for name, loss in chosen.items()

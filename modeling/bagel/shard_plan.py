@@ -15,6 +15,7 @@ class ShardUnit:
         fqn: its name in the model.
         reshard: free the gathered parameters after forward.
         recompute: a layer of a stack, which may be run again in backward instead of keeping its activations.
+        exact: computes in float32 whatever the run's --param_dtype, and so never joins another unit.
         pieces: its methods that are tensors in, tensors out, whatever the pack looks like: what can be compiled, and run again
             without what stands between them.
     """
@@ -22,6 +23,7 @@ class ShardUnit:
     fqn: str
     reshard: bool = True
     recompute: bool = False
+    exact: bool = False
     pieces: tuple[str, ...] = ()
 
 
@@ -35,7 +37,10 @@ def shard_plan(config: BagelConfig) -> tuple[ShardUnit, ...]:
     return (
         *(vit if config.visual_und else ()),
         *_layers("language_model.model.layers", config.llm.num_hidden_layers),
-        *(ShardUnit(f"heads.{name}") for name in config.heads),
+        *(
+            ShardUnit(f"heads.{name}", exact=head_class(name, options).exact)
+            for name, options in config.heads.items()
+        ),
     )
 
 

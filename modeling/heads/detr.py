@@ -82,6 +82,7 @@ class DetrHead(PerceptionHead):
     """
 
     predicts = "detr"
+    exact = True  # bf16 tells places of a large picture apart by 2 px only
 
     def __init__(
         self,
@@ -340,7 +341,8 @@ class DetrHead(PerceptionHead):
             order = scores[i].argsort(descending=True, stable=True)[:most]
             kept = order[scores[i][order] >= threshold]
             boxes = stage.boxes[i, kept]
-            sure, ids = scores[i, kept], [()] * len(kept)
+            sure = scores[i, kept]
+            ids: list[list[int]] = [[] for _ in kept]
             if self.phrases is not None and len(kept):
                 of = torch.full_like(kept, i)
                 around = self.phrases.around(picture.memory[of], picture.valid[of], picture.centre[of], boxes)

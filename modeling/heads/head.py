@@ -18,10 +18,12 @@ class PerceptionHead(nn.Module):
 
     Attributes:
         predicts: what it may be called in `heads` of bagel_config.json, and what regions and losses know it by.
+        exact: computes in float32 whatever the run's --param_dtype; it then casts what it is given itself.
         gives: fields of `HeadOutput` that it fills beyond boxes and masks; losses on them are for such heads only.
     """
 
     predicts: ClassVar[str]
+    exact: ClassVar[bool] = False
     gives: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -21,7 +21,16 @@ from modeling.losses.detection import (
 )
 from modeling.losses.flow import flow_error, noised_tokens
 from modeling.losses.masks import mask_bce, mask_code, mask_dice, mask_iou, mask_soft_iou, masks
-from modeling.losses.text import cross_entropy, cross_entropy_reweighted, labels, weighted_labels
+from modeling.losses.text import (
+    cross_entropy,
+    cross_entropy_reweighted,
+    labels,
+    student_labels,
+    student_lm,
+    teacher_labels,
+    teacher_lm,
+    weighted_labels,
+)
 from modeling.types import FlowState, LossValues, ModelOutput, Things
 
 
@@ -29,6 +38,7 @@ from modeling.types import FlowState, LossValues, ModelOutput, Things
 class Loss:
     """`values` sums over the pack; `things` says, from the batch alone, over what; `head` is the perception head needed.
 
+    `watched`: a part of another loss, to look at; with a weight of 0 it costs no gradient.
     `least`: what it is divided by at least, where it has something to say about a step in which nothing counts. `field`: what the
     head has to give (`PerceptionHead.gives`) beyond boxes and masks. `optional`: left out, not only unweighted, at weight 0.
     """
@@ -37,6 +47,7 @@ class Loss:
     things: Callable[[PackedBatch], Things]
     head: str | None = None
     least: float = 0.0
+    watched: bool = False
     field: str | None = None
     optional: bool = False
 
@@ -52,6 +63,8 @@ LOSSES: dict[str, Loss] = {
     "mask_soft_iou": Loss(mask_soft_iou, masks, "mask", optional=True),
     "mask_iou": Loss(mask_iou, masks, "mask", field="iou"),
     "mask_code": Loss(mask_code, masks, "mask", field="code", optional=True),
+    "teacher_lm": Loss(teacher_lm, teacher_labels, "detr", watched=True),
+    "student_lm": Loss(student_lm, student_labels, "detr", watched=True),
     "det_objectness": Loss(det_objectness, pictures, "detr", least=1.0),
     "det_l1": Loss(det_l1, detected, "detr"),
     "det_giou": Loss(det_giou, detected, "detr"),

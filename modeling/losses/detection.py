@@ -4,6 +4,8 @@ Divided by the number of true boxes, of all pictures together: also the objectne
 and nothing to the divisor. Source: arXiv 2005.12872; with yes-or-no scores 2010.04159.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +71,7 @@ def det_caption(output: ModelOutput, batch: PackedBatch, flow: FlowState) -> Los
     return LossValues(total=total, each=nll * amount)
 
 
-def _over_boxes(detr: DetrOutput, truth: Tensor, error) -> LossValues:
+def _over_boxes(detr: DetrOutput, truth: Tensor, error: Callable[[Tensor, Tensor], Tensor]) -> LossValues:
     each = truth.new_zeros(len(truth))
     for stage, matched in zip(detr.stages, detr.matched, strict=True):
         known = matched >= 0

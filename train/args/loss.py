@@ -27,6 +27,12 @@ class LossArgs:
         "Weight of the squared error of a mask's code beside that of the true mask (PerceptionGPT's l2_loss_weight).",
         low=0,
     )
+    teacher_lm_weight: float = flag(
+        0.0, "Weight of the cross-entropy of demonstrations, beyond their share in --ce_weight's.", low=0
+    )
+    student_lm_weight: float = flag(
+        0.0, "Weight of the cross-entropy of answers that may follow some, likewise.", low=0
+    )
     det_objectness_weight: float = flag(
         2.0, "Weight of a detector's objectness, per true box and layer.", low=0
     )
@@ -62,6 +68,8 @@ class LossArgs:
             "mask_soft_iou": self.mask_soft_iou_weight,
             "mask_iou": self.mask_iou_weight,
             "mask_code": self.mask_code_weight,
+            "teacher_lm": self.teacher_lm_weight,
+            "student_lm": self.student_lm_weight,
             "det_objectness": self.det_objectness_weight,
             "det_l1": self.det_l1_weight,
             "det_giou": self.det_giou_weight,

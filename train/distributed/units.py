@@ -27,6 +27,7 @@ class Unit:
         fqn: its name; `ROOT` is the model.
         parameters, trained, size: in it and in no unit inside it; `size` in bytes, as stored.
         reshard: its gathered parameters are freed after forward.
+        exact: see `ShardUnit`.
     """
 
     fqn: str
@@ -34,6 +35,7 @@ class Unit:
     trained: int
     size: int
     reshard: bool
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,8 @@ def units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs) -> tuple[
     for unit in (*sorted(plan, key=lambda u: -u.fqn.count(".")), ShardUnit(ROOT, reshard=False)):
         own = [p for p in model.get_submodule(unit.fqn).parameters() if id(p) not in home]
         count = sum(p.numel() for p in own)
-        if unit.fqn != ROOT and count < max(1, args.min_unit_params):
+        least = 1 if unit.exact else max(1, args.min_unit_params)
+        if unit.fqn != ROOT and count < least:
             continue
         home.update((id(p), unit.fqn) for p in own)
         found.append(
@@ -80,6 +83,7 @@ def units(model: nn.Module, plan: Sequence[ShardUnit], args: FsdpArgs) -> tuple[
                 trained=sum(p.numel() for p in own if p.requires_grad),
                 size=sum(p.numel() * p.element_size() for p in own),
                 reshard=unit.reshard and not keep,
+                exact=unit.exact,
             )
         )
     _require_ties_inside(model, [unit.fqn for unit in found], home)

@@ -92,6 +92,7 @@ def pack_of(
         label_ids=x.get("packed_label_ids", none),
         label_index=x.get("ce_loss_indexes", none),
         label_weight=x.get("ce_loss_weights", torch.zeros(0)),
+        label_role=torch.zeros_like(x.get("packed_label_ids", none)),
         und_patches=x.get("packed_vit_tokens", torch.zeros(0, 3 * patch**2)),
         und_position=x.get("packed_vit_position_ids", none),
         und_index=x.get("packed_vit_token_indexes", none),

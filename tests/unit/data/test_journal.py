@@ -209,7 +209,8 @@ def test_the_hash_is_of_every_tensor_and_of_the_layout():
     batch = next(stream)
     assert batch.hash == content_hash(batch) != next(stream).hash
     changes = {"text_ids": batch.text_ids + 1, "gen_key": batch.gen_key + 1, "split_lens": (1, *batch.split_lens[1:]),
-               "und_patches": torch.zeros(1, 192, dtype=torch.uint8), "label_weight": batch.label_weight * 2}  # fmt: skip
+               "und_patches": torch.zeros(1, 192, dtype=torch.uint8), "label_weight": batch.label_weight * 2,
+               "label_role": batch.label_role + 1}  # fmt: skip
     for name, value in changes.items():
         assert content_hash(replace(batch, **{name: value})) != batch.hash, name
     assert content_hash(replace(batch, origins=(), cursor=LaneCursor(lane=3))) == batch.hash

@@ -149,8 +149,21 @@ def text_sample() -> Sample:
     return Sample(segments=(text(10, 11, 12), text(13, 14, supervised=True)))
 
 
+def demonstrated_sample() -> Sample:
+    """A question answered by a demonstration, and again."""
+    answers = (text(25, 26, supervised=True, role="teacher"), text(27, supervised=True, role="student"))
+    return Sample(segments=(text(10, 11), answers[0], text(12), answers[1]))
+
+
 def every_sample() -> list[Sample]:
-    return [perception_sample(), detection_sample(), drawing_sample(), editing_sample(), text_sample()]
+    return [
+        demonstrated_sample(),
+        perception_sample(),
+        detection_sample(),
+        drawing_sample(),
+        editing_sample(),
+        text_sample(),
+    ]
 
 
 def made_up_latents(batch: PackedBatch) -> FlowState:

@@ -184,6 +184,27 @@ def test_print_config_gives_a_run_file(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
+def test_a_strict_file_has_every_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args([*DATA, "--lr", "5e-7", "--print_config"])
+    whole = capsys.readouterr().out
+    file = tmp_path / "whole.yaml"
+    file.write_text(whole)
+    strict = ["--config", str(file), "--strict_config"]
+    assert parse_args(strict).optim.lr == 5e-7
+    kept = [line for line in whole.splitlines() if not line.startswith(("lr:", "freeze_vit:"))]
+    file.write_text("\n".join(kept) + "\n")
+    with pytest.raises(ValueError, match=rf"lacks 2 of {len(FLAGS)} keys: .*; --print_config prints") as e:
+        parse_args(strict)
+    assert "freeze_vit" in str(e.value) and " lr" in str(e.value)
+    file.write_text("_base_: base.yaml\nlr: 1e-4\nfreeze_vit: off\ntotal_steps: 1e3\n")
+    (tmp_path / "base.yaml").write_text("\n".join(kept) + "\n")
+    args = parse_args(strict)
+    assert (args.optim.lr, args.params.freeze_vit, args.optim.total_steps) == (1e-4, False, 1000)
+    with pytest.raises(ValueError, match="--strict_config needs --config"):
+        parse_args([*DATA, "--strict_config"])
+
+
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--help"])
