@@ -6,6 +6,7 @@ To add a task, write one file with a `TaskDataset` class and give it a row in `D
 from collections.abc import Mapping
 
 from data.dataset_base import TaskDataset
+from data.detection_dataset import DetectionCocoDataset, DetectionDataset
 from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
 from data.interleave_datasets.steps import StepsDataset
 from data.perception_dataset import ReasonSegDataset, ReferDataset, ReferRowDataset
@@ -32,6 +33,8 @@ DATASET_REGISTRY: dict[str, type[TaskDataset]] = {
     "refer_coco": ReferDataset,
     "refer_jsonl": ReferRowDataset,
     "reasonseg": ReasonSegDataset,
+    "detection_jsonl": DetectionDataset,
+    "detection_coco": DetectionCocoDataset,
 }
 
 DATASET_INFO: Mapping[str, Mapping[str, Mapping[str, str]]] = {

@@ -181,6 +181,10 @@ class Inferencer:
             head_transform=transforms.get("head"),
         )
 
+    def picture(self, image: Picture) -> Segment:
+        """A picture as the model is shown it in a question."""
+        return self._prompt(Prompt(parts=(_open(image),)), ("und_image",), "").segments[-1]
+
     def answer(
         self,
         requests: Sequence[Prompt],

@@ -17,6 +17,7 @@ from PIL import Image
 from data.conversation import IMAGE, image_segment, prompt_segments
 from data.dataset_base import DropoutSpec, Record, SkipSample, TaskDataset, finish_sample
 from data.dataset_info import DATASET_REGISTRY
+from data.detection_dataset import DetectionCocoDataset, DetectionDataset
 from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
 from data.interleave_datasets.steps import StepsDataset
 from data.layout import LayoutSpec
@@ -116,6 +117,17 @@ REASON = {
     "is_sentence": True,
     "shapes": [{"label": "target", "points": SQUARE}],
 }
+SCENE = {
+    "student": {"images": ["a.png"], "objects": [{"bbox_2d": [16, 8, 48, 40], "label": "a red 7"}]},
+    "teachers": [
+        {
+            "images": ["b.png"],
+            "objects": [{"bbox_2d": [0, 0, 8, 8], "desc": "a 3"}],
+            "width": 64,
+            "height": 64,
+        }
+    ],
+}
 ROWS = {
     VlmDataset: VQA,
     VlmVer1Dataset: VQA,
@@ -131,6 +143,8 @@ ROWS = {
     ReferDataset: REFER,
     ReferRowDataset: THING,
     ReasonSegDataset: REASON,
+    DetectionDataset: SCENE,
+    DetectionCocoDataset: REFER,
 }
 
 
