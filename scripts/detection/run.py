@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--output_dir", str(base), *AUTOENCODER, *seed,
         )  # fmt: skip
     if not model.exists():
-        steps = () if args.total_steps is None else ("--total_steps", str(args.total_steps))
+        steps: tuple[str, ...] = ()
+        if (total := args.total_steps) is not None:
+            steps = ("--total_steps", str(total), "--warmup_steps", str(min(100, total // 2)))
         _python(
             "train/main.py", "--config", "configs/detection_run.yaml", "--dataset_config_file", "configs/detection.yaml",
             "--model_path", str(base), "--results_dir", str(folder / "run"), "--global_seed", str(args.seed), *steps,
