@@ -50,7 +50,8 @@ class Augment:
         rotate: turned by 0, 90, 180 or 270 degrees, each as often.
         flip_words: "left" and "right" change places with the picture. Else one whose texts name a side is not mirrored. A
             picture whose texts name any direction is never turned.
-        text_boxes: `fraction` or `thousandths` (`BoxText`): boxes of that form in the row's texts move too.
+        text_boxes: `fraction` or `thousandths` (`BoxText`): boxes of that form in the row's texts move too, to within a pixel of
+            the picture's (whole ones are cut out).
     """
 
     flip: float = 0.0

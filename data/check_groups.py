@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from data.mixture import Group, GroupSpec, load_mixture, load_validation
-from data.scan import Found, Place, Scan
+from data.scan import Found, Place, Scan, patient_of
 from data.sources import ConcatSource
 from data.stream import StreamPlan
 
@@ -201,10 +201,11 @@ def leaks(
     their_scans: Mapping[str, Scan],
     keep: int,
 ) -> Iterator[GroupFault]:
-    """Pictures, and texts without pictures, that the groups of another mixture have as well; `keep` of each are named."""
+    """Pictures, texts without pictures, and patients that groups of another mixture have as well; `keep` of each are named."""
     for kind, field, what in (
         ("leaked_picture", "pictures", "a picture of"),
         ("leaked_text", "texts", "the same texts as"),
+        ("leaked_patient", "patients", "the same patient as"),
     ):
         known = {
             int(digest): (group, int(index))
@@ -219,10 +220,19 @@ def leaks(
             shared = shared[np.unique(shared[:, 0], return_index=True)[1]]
             if len(shared):
                 places = [
-                    Place(int(index), _where(group, int(index)), f"{what} {_where(*known[int(digest)])}")
+                    Place(
+                        int(index),
+                        _where(group, int(index)),
+                        f"{what} {_where(*known[int(digest)])}{_whose(group, int(index))}",
+                    )
                     for index, digest, _ in shared[:keep]
                 ]
                 yield kind, group.name, Found(len(shared), places)
+
+
+def _whose(group: Group, index: int) -> str:
+    patient = patient_of(group.source.read(index).data)
+    return f" (patient {patient!r})" if patient else ""
 
 
 def _where(group: Group, index: int) -> str:

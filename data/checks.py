@@ -302,6 +302,7 @@ CHECKS: Mapping[str, Check] = {
             "bad_message",
             "bad_image_list",
             "bad_objects",
+            "bad_slice",
             "bad_task",
             "bad_video",
             "broken_record",
@@ -395,6 +396,11 @@ CHECKS: Mapping[str, Check] = {
         severity="error",
         title="pictures that both mixtures have",
         remedy="split by picture before making rows, and make the files again",
+    ),
+    "leaked_patient": Check(
+        severity="error",
+        title="patients that both mixtures have",
+        remedy="split by patient before making rows: slices and visits of one patient belong together",
     ),
     "box_scale": Check(
         severity="error",

@@ -7,13 +7,15 @@ checks below are the same for all.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
+from data.augment import CROPPED, Augment
+from data.motion import WHOLE
 from data.rgb_image import RgbImage
 from data.sources.record import Record, SkipSample
 from data.tokens import Tokenizer
@@ -61,6 +63,10 @@ class TaskDataset(ABC):
         vae_transform: the same for the VAE.
         head_transform: the same for an image encoder inside a perception head; None: there is none.
         upstream_compat: do what the published code does where that is odd; each class says what.
+        augment: pictures and what is said of places in them are moved at random (`data/augment.py`).
+
+    Raises:
+        ValueError: if `augment` is given and wrong, or the class's samples cannot be moved.
     """
 
     source_format: ClassVar[str] = "jsonl"
@@ -74,6 +80,12 @@ class TaskDataset(ABC):
 
     needs: ClassVar[tuple[Tower, ...]] = ()
     """Transforms the class cannot do without; checked when the YAML is read."""
+
+    path_options: ClassVar[tuple[str, ...]] = ()
+    """Arguments that may name a file, relative to the YAML."""
+
+    moves: ClassVar[bool] = False
+    """Whether its samples may be moved: all boxes and masks come from `box_in` and `mask_in` of data/transforms/boxes.py."""
 
     heads: tuple[str, ...] = ()
     """Perception heads that all its samples are for, as its arguments say; not those that single rows may ask for."""
@@ -89,7 +101,11 @@ class TaskDataset(ABC):
         vae_transform: Transform | None = None,
         head_transform: Transform | None = None,
         upstream_compat: bool = False,
+        augment: Mapping[str, Any] | None = None,
     ):
+        if augment is not None and not self.moves:
+            raise ValueError(f"augment: {type(self).__name__} has nothing that could be moved; leave it out")
+        self.augment = None if augment is None else Augment.of(augment)
         self.tokenizer = tokenizer
         self.vit_transform = vit_transform
         self.vae_transform = vae_transform
@@ -103,6 +119,22 @@ class TaskDataset(ABC):
         Raises:
             SkipSample: if the record cannot be used.
         """
+
+    def make(self, record: Record, rng: np.random.Generator) -> Sample:
+        """`to_sample` of the record, moved if the group asks for it; of the whole picture if cutting would lose an object.
+
+        Raises:
+            SkipSample: if the record cannot be used.
+        """
+        if self.augment is None:
+            return self.to_sample(record, rng)
+        motion = self.augment.draw(record.data, rng)
+        try:
+            return self.to_sample(self.augment.moved(record, motion), rng)
+        except SkipSample as e:
+            if e.reason != CROPPED:
+                raise
+        return self.to_sample(self.augment.moved(record, replace(motion, window=WHOLE)), rng)
 
     def asked_heads(self, record: Record) -> tuple[str, ...]:
         """The perception heads that a single row asks for, where not all do (`heads`).

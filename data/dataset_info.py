@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from data.dataset_base import TaskDataset
 from data.detection_dataset import DetectionCocoDataset, DetectionDataset
+from data.grounding_dataset import GroundingDataset
 from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
 from data.interleave_datasets.steps import StepsDataset
+from data.medical_dataset import MedicalDataset, MedicalRowDataset
 from data.perception_dataset import ReasonSegDataset, ReferDataset, ReferRowDataset
 from data.t2i_dataset import ParquetT2iDataset, T2iDataset, T2iMessageDataset
 from data.text_dataset import TextDataset
@@ -33,6 +35,9 @@ DATASET_REGISTRY: dict[str, type[TaskDataset]] = {
     "refer_coco": ReferDataset,
     "refer_jsonl": ReferRowDataset,
     "reasonseg": ReasonSegDataset,
+    "grounding_jsonl": GroundingDataset,
+    "medical_coco": MedicalDataset,
+    "medical_jsonl": MedicalRowDataset,
     "detection_jsonl": DetectionDataset,
     "detection_coco": DetectionCocoDataset,
 }

@@ -58,9 +58,9 @@ NOT_GROUPS = ("dataset_info", "val")
 
 OWN_KEYS = (
     "dataset_names", "weight", "num_used_data", "is_mandatory", "when_exhausted", "epochs", "shuffle_lines", "shuffle_seed",
-    "resume_data_status",
+    "resume_data_status", "augment",
 )  # fmt: skip
-"""What a group of validation does not take over from the training group of its name: which records are read, and how often."""
+"""What a group of validation does not take over from the training group of its name: which records, how often, how moved."""
 
 WhenExhausted = Literal["repeat", "drop", "stop"]
 """What follows a group's last record: its first in another order, the other groups alone, or nothing at all."""
@@ -451,6 +451,9 @@ class _Entry:
             )
         seed = self.entry.get("shuffle_seed", 0) if self.entry.get("shuffle_lines", False) else None
         options = {k: v for k, v in self.entry.items() if k not in GROUP_KEYS}
+        for key in self.dataset_class.path_options:
+            if isinstance(options.get(key), str) and options[key]:
+                options[key] = os.path.normpath(self.file.resolve().parent / options[key])
         if as_published and "upstream_compat" in self.dataset_class.options():
             options["upstream_compat"] = True
         return GroupSpec(
@@ -462,10 +465,10 @@ class _Entry:
             options=options,
             vae_transform=self.transforms.get("vae"),
             vit_transform=self.transforms.get("vit"),
+            head_transform=self.transforms.get("head"),
             epochs=epochs,
             when_exhausted=when_exhausted,
         )
-            head_transform=self.transforms.get("head"),
 
     def _end(self) -> tuple[WhenExhausted, int | None]:
         """What follows the last record, and after how many epochs."""

@@ -1,18 +1,23 @@
 """Boxes and masks of named things: COCO JSON -> Samples whose answers are `<BOX>` and `<SEG>`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from data.conversation import IMAGE, Target, Turn, build_sample, image_segment
 from data.dataset_base import Record, SkipSample, TaskDataset
+from data.rgb_image import RgbImage
 from data.rows import PhotoRow, ReasonRow, ReferRow, SceneRow, ThingRow, read_row
 from data.tokens import ANCHORS
-from data.transforms.boxes import normalised_box, paint_shapes, read_mask, resized_mask
+from data.transforms.boxes import box_in, mask_in, paint_shapes, read_mask, resized_mask
 from data.types import Sample
+
+ReadMask = Callable[[tuple[int, int], str], np.ndarray]
+"""`(size, what) -> hh ww` uint8 of a picture of that width and height; raises `SkipSample`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +30,37 @@ class Thing:
         box: `xyxy` in pixels of the original picture; None: there is none.
         mask: `(size, what) -> hh ww` of the original picture, as `read_mask`; None: there is none.
         is_question: the names are questions themselves.
+        facts: what else an evaluation may want to know of it (`spacing`, `modality`).
     """
 
     what: str
     names: Sequence[str]
     box: tuple[float, float, float, float] | None = None
-    mask: Callable[[tuple[int, int], str], np.ndarray] | None = None
+    mask: ReadMask | None = None
     is_question: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One question of an evaluation, about a picture as it was annotated.
+
+    Attributes:
+        head: which head is asked.
+        question, answer: texts; the answer is what a model that is made to answer says, empty where that would tell the place.
+        name: of the thing.
+        box: xyxy in pixels.
+        mask: `size -> hh ww` uint8 0/1, 255 where nothing counts.
+        facts: of the thing.
+    """
+
+    head: str
+    question: str
+    answer: str
+    name: str
+    box: tuple[float, float, float, float] | None = None
+    mask: Callable[[tuple[int, int]], np.ndarray] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ReferDataset(TaskDataset):
@@ -53,6 +82,9 @@ class ReferDataset(TaskDataset):
 
     source_format: ClassVar[str] = "coco"
     needs = ("vit",)
+    moves = True
+    asks_every_name: ClassVar[bool] = True
+    """Whether an evaluation asks for a thing by each of its names, or by the first alone."""
 
     def __init__(
         self,
@@ -91,13 +123,27 @@ class ReferDataset(TaskDataset):
         und = image_segment("und_image", picture, self.vit_transform, view=self.head_transform)
         hw = (und.pixels.shape[1], und.pixels.shape[2])
         # Every thing is read, asked for or not: whether a record is rejected must not hang on the draw.
-        asked = [(thing, target) for thing in things for target in self._targets(thing, picture.size, hw)]
+        asked = self._exchanges(things, picture, hw)
         chosen = [asked[i] for i in rng.permutation(len(asked))[: self.max_turns or None]]
-        turns = [turn for thing, target in chosen for turn in self._ask(thing, target, rng)]
+        turns = [turn for thing, targets in chosen for turn in self._ask(thing, targets, rng)]
         turns[0] = replace(turns[0], text=IMAGE + turns[0].text)
         return build_sample(
             turns, self.tokenizer, images=[(und,)], independent=self.independent_turns, task="refer"
         )
+
+    def asked(self, record: Record) -> tuple[str, list[Asked]]:
+        """The picture's name, and what an evaluation asks of a record: every thing, by the first template.
+
+        Raises:
+            SkipSample: as `read`.
+        """
+        file, things = self.read(record)
+        return file, [
+            asked
+            for thing in things
+            for name in (thing.names if self.asks_every_name else thing.names[:1])
+            for asked in self._asked(thing, name)
+        ]
 
     def read(self, record: Record) -> tuple[str, Sequence[Thing]]:
         """The picture's name and the things in it.
@@ -127,24 +173,49 @@ class ReferDataset(TaskDataset):
                 Thing(
                     what=what,
                     names=row.names,
-                    box=None if row.box is None else _corners(row.box),
+                    box=None if row.box is None else corners(row.box),
                     mask=None if row.mask is None else partial(read_mask, row.mask),
                 )
             )
         return read_row(PhotoRow, scene.photo, "image").file, things
 
-    def _targets(self, thing: Thing, size: tuple[int, int], hw: tuple[int, int]) -> Iterator[Target]:
-        if self.templates["box"] and thing.box is not None:
-            yield Target(head="box", boxes=normalised_box(thing.box, size, thing.what)[None])
-        if self.templates["mask"] and thing.mask is not None:
-            yield Target(head="mask", mask=resized_mask(thing.mask(size, thing.what), hw, thing.what))
+    def _exchanges(
+        self, things: Sequence[Thing], picture: RgbImage, hw: tuple[int, int]
+    ) -> Sequence[tuple[Thing, tuple[Target, ...]]]:
+        """What can be asked for, and what each answer points at."""
+        return [(thing, (target,)) for thing in things for target in self._targets(thing, picture, hw)]
 
-    def _ask(self, thing: Thing, target: Target, rng: np.random.Generator) -> tuple[Turn, Turn]:
-        templates = ("{ref}",) if thing.is_question else self.templates[target.head]
+    def _targets(self, thing: Thing, picture: RgbImage, hw: tuple[int, int]) -> Iterator[Target]:
+        if self.templates["box"] and thing.box is not None:
+            yield Target(head="box", boxes=box_in(picture, thing.box, thing.what)[None])
+        if self.templates["mask"] and thing.mask is not None:
+            yield Target(head="mask", mask=mask_target(picture, thing.mask, hw, thing.what))
+
+    def _asked(self, thing: Thing, name: str) -> Iterator[Asked]:
+        for head in self.heads:
+            if (thing.box if head == "box" else thing.mask) is None:
+                continue
+            template = "{ref}" if thing.is_question else self.templates[head][0]
+            yield Asked(
+                head=head,
+                question=template.replace("{ref}", name),
+                answer=ANCHORS[head],
+                name=name,
+                box=thing.box,
+                mask=None if thing.mask is None else partial(_mask_of, thing),
+                facts=thing.facts,
+            )
+
+    def _ask(self, thing: Thing, targets: Sequence[Target], rng: np.random.Generator) -> tuple[Turn, Turn]:
+        head = targets[0].head
+        templates = ("{ref}",) if thing.is_question else self.templates[head]
         template = templates[int(rng.integers(len(templates)))]
         name = thing.names[int(rng.integers(len(thing.names)))]
         question = Turn(role="human", text=template.replace("{ref}", name))
-        return question, Turn(role="gpt", text=ANCHORS[target.head], targets=(replace(target, name=name),))
+        answer = ";".join([ANCHORS[head]] * len(targets))
+        return question, Turn(
+            role="gpt", text=answer, targets=tuple(replace(target, name=name) for target in targets)
+        )
 
 
 class ReferRowDataset(ReferDataset):
@@ -169,7 +240,7 @@ class ReferRowDataset(ReferDataset):
 
     def read(self, record: Record) -> tuple[str, Sequence[Thing]]:
         row = read_row(ReferRow, record.data)
-        box = row.box if row.box is None or self.bbox_format == "xyxy" else _corners(row.box)
+        box = row.box if row.box is None or self.bbox_format == "xyxy" else corners(row.box)
         mask = None if row.mask is None else partial(read_mask, row.mask)
         if not (self.templates["box"] and box) and not (self.templates["mask"] and mask):
             raise SkipSample("no_target", "the row has neither a box nor a mask that the templates ask for")
@@ -181,12 +252,14 @@ class ReasonSegDataset(ReferDataset):
 
     Record (`ReasonRow`): `{"image": "x.jpg", "text": ["What cuts bread?"], "is_sentence": true, "shapes": [{"label": "target",
     "points": [[x, y], …]}]}`. A sentence is asked as it stands, a phrase in one of the `mask_templates`. Shapes are painted from
-    the largest to the smallest: "target" in, "ignore" out; those labelled "flag" are left out.
+    the largest to the smallest: "target" in, "ignore" out (an evaluation does not count these pixels); those labelled "flag" are
+    left out.
 
     Plan and arguments: those of `ReferDataset`, without boxes.
     """
 
     source_format: ClassVar[str] = "reasonseg"
+    asks_every_name = False  # as published
 
     def __init__(self, *, box_templates: Sequence[str] = (), **base: Any) -> None:
         super().__init__(box_templates=box_templates, **base)
@@ -199,6 +272,32 @@ class ReasonSegDataset(ReferDataset):
         return row.file, [Thing(what="shapes", names=row.texts, mask=mask, is_question=row.is_sentence)]
 
 
-def _corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+def mask_target(picture: RgbImage, read: ReadMask, hw: tuple[int, int], what: str) -> Tensor:
+    """`hh ww` uint8 0/1 of a picture as the model sees it; ignored pixels are background.
+
+    Raises:
+        SkipSample: `empty_mask`, or what `read` and `mask_in` raise.
+    """
+    mask = read(picture.annotated_size, what) == 1
+    if not mask.any():
+        raise SkipSample("empty_mask", f"{what}: nothing of the picture is inside; correct or remove it")
+    return resized_mask(mask_in(picture, mask.astype(np.uint8), what), hw, what)
+
+
+def joined_masks(masks: Sequence[ReadMask], size: tuple[int, int], what: str) -> np.ndarray:
+    """All of them as one `hh ww` uint8 0/1; empty where there is none."""
+    joined = np.zeros((size[1], size[0]), np.uint8)
+    for number, read in enumerate(masks):
+        joined |= read(size, f"{what} {number}")
+    return joined
+
+
+def _mask_of(thing: Thing, size: tuple[int, int]) -> np.ndarray:
+    assert thing.mask is not None
+    return thing.mask(size, thing.what)
+
+
+def corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """Corner and size -> two corners."""
     x, y, width, height = xywh
     return x, y, x + width, y + height

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from data.motion import Motion, Placement
 from modeling.optional import if_installed
 
 
@@ -17,14 +18,29 @@ class RgbImage:
 
     Attributes:
         rgb: `hh ww 3` uint8, contiguous; nobody writes to it.
+        placed: how it was moved, if it was: annotations are of the picture before.
     """
 
     rgb: np.ndarray
+    placed: Placement | None = None
 
     @staticmethod
     def of(image: Image.Image) -> "RgbImage":
         """Pillow's picture, read now if its file has not been read."""
         return RgbImage(np.array(to_rgb(image)))
+
+    def moved(self, motion: Motion) -> "RgbImage":
+        """The picture after a motion."""
+        placed = motion.place(self.size)
+        cut = placed.cut(self.rgb)
+        if placed.scaled != (cut.shape[1], cut.shape[0]):
+            cut = np.array(Image.fromarray(cut).resize(placed.scaled, Image.Resampling.BICUBIC))
+        return RgbImage(placed.turned(cut), placed)
+
+    @property
+    def annotated_size(self) -> tuple[int, int]:
+        """Width and height of the picture that boxes and masks were made for."""
+        return self.size if self.placed is None else self.placed.original
 
     @property
     def width(self) -> int:

@@ -8,6 +8,7 @@ names are left alone: published rows carry many notes.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from math import inf
 from typing import Any, TypeVar, cast
 
 from data.conversation import IMAGE, Role, Turn
@@ -199,6 +200,45 @@ def as_box(value: Any) -> tuple[float, float, float, float]:
     return a, b, c, d
 
 
+def as_boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
+    """One box, or several."""
+    entries = _as_list(value)
+    return tuple(map(as_box, entries if entries and isinstance(entries[0], (list, tuple)) else [entries]))
+
+
+def as_places(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Per placeholder the numbers of its boxes."""
+    places = tuple(tuple(_as_list(group)) for group in _as_list(value))
+    if any(type(number) is not int or number < 0 for group in places for number in group):
+        raise ValueError(f"is {_shown(value)}")
+    return places
+
+
+def as_id(value: Any) -> str:
+    """What names somebody."""
+    if type(value) not in (int, str):
+        raise ValueError(f"is {_shown(value)}")
+    return as_text(str(value))
+
+
+def as_count(value: Any) -> int:
+    """A whole number from 0."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"is {_shown(value)}")
+    return value
+
+
+def as_spacing(value: Any) -> tuple[float, float]:
+    """Two steps in mm."""
+    try:
+        rows, columns = (float(v) for v in value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"is {_shown(value)}") from None
+    if not (0 < rows < inf and 0 < columns < inf):
+        raise ValueError(f"is {_shown(value)}")
+    return rows, columns
+
+
 def as_key(value: Any) -> int | str:
     """The id of something."""
     if type(value) not in (int, str):
@@ -216,6 +256,16 @@ def as_fields(value: Any) -> Mapping[Any, Any]:
 def as_list_of_fields(value: Any) -> tuple[Mapping[Any, Any], ...]:
     """Several of `as_fields`."""
     return tuple(map(as_fields, _as_list(value)))
+
+
+def as_answer(value: Any) -> str:
+    """A text, or VQAv2's annotation with one."""
+    return as_text(value.get("multiple_choice_answer") if isinstance(value, dict) else value)
+
+
+def as_several(value: Any) -> tuple[Any, ...]:
+    """A list of anything."""
+    return tuple(_as_list(value))
 
 
 def as_it_is(value: Any) -> Any:
@@ -382,6 +432,103 @@ class ReferRow:
     mask: Any = column(
         "mask", "segmentation", read=as_it_is, form="RLE or polygons", reason="bad_mask", default=None
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureRow:
+    """Something about one picture: the beginning of a row of a Shikra-style file."""
+
+    file: str = column(
+        "img_path", "image_path", "image", read=as_file, form="a path", reason="bad_image_list"
+    )
+    boxes: tuple[tuple[float, float, float, float], ...] = column(
+        "boxes", "bbox", read=as_boxes, form="four numbers, or a list of such", reason="bad_box", default=()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpressionRow(PictureRow):
+    """Words for things, and where these are: for REC, RES, REG and captions of regions."""
+
+    names: tuple[str, ...] = column(
+        "expression", "expressions", read=as_name_or_names, form="a text, or a list of wordings",
+        reason="no_expression",
+    )  # fmt: skip
+    mask: Any = column(
+        "mask", "segmentation", read=as_it_is, form="RLE or polygons", reason="bad_mask", default=None
+    )
+    masks: tuple[Any, ...] = column(
+        "masks", read=as_several, form="a list of RLE or polygons", reason="bad_mask", default=()
+    )
+    absent: bool = column("absent", read=as_flag, form="true or false", reason="no_expression", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionRow(PictureRow):
+    """A question and its answer, both of which may have `<boxes>`; `*_boxes_seq` says which for each of them."""
+
+    question: str = column("question", read=as_text, form="a text", reason="bad_message")
+    answer: str = column(
+        "cot_with_ans", "answer", "annotation", read=as_answer,
+        form='a text, or {"multiple_choice_answer": text}', reason="bad_message",
+    )  # fmt: skip
+    asked_places: tuple[tuple[int, ...], ...] = column(
+        "question_boxes_seq", read=as_places, form="a list of lists of places in `boxes`",
+        reason="object_count", default=(),
+    )  # fmt: skip
+    answered_places: tuple[tuple[int, ...], ...] = column(
+        "answer_boxes_seq", read=as_places, form="a list of lists of places in `boxes`",
+        reason="object_count", default=(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpotRow(PictureRow):
+    """A caption that says of its phrases, marked by `<ph_st>` and `<ph_ed>`, where they are."""
+
+    sentence: str = column("sentence", read=as_text, form="a text", reason="no_caption")
+    places: tuple[tuple[int, ...], ...] = column(
+        "boxes_seq", read=as_places, form="a list of lists of places in `boxes`", reason="object_count"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureCaptionRow(PictureRow):
+    """A picture's caption."""
+
+    caption: str = column("caption", read=as_text, form="a text", reason="no_caption")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanRow:
+    """A medical picture: the image of a COCO file, or the beginning of a row."""
+
+    file: str = column("file_name", "image", "img_path", read=as_file, form="a path", reason="bad_image_list")
+    modality: str = column("modality", read=as_text, form="a text", reason="bad_task", default="")
+    patient: str = column("patient_id", read=as_id, form="a text or a number", reason="bad_task", default="")
+    slice_idx: int | None = column(
+        "slice_idx", read=as_count, form="a whole number from 0", reason="bad_slice", default=None
+    )
+    spacing: tuple[float, float] | None = column(
+        "spacing", read=as_spacing, form="[rows, columns] in mm", reason="bad_slice", default=None
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindingsRow:
+    """What is found in a medical picture."""
+
+    labels: tuple[str, ...] = column(
+        "labels", "label", read=as_name_or_names, form="a text, or one per finding", reason="no_expression"
+    )
+    boxes: tuple[tuple[float, float, float, float], ...] = column(
+        "boxes", "bbox", read=as_boxes, form="x, y, width, height, or a list of such", reason="bad_box",
+        default=(),
+    )  # fmt: skip
+    masks: tuple[Any, ...] = column(
+        "masks", read=as_several, form='a list of RLE, polygons or {"volume": file, "label": number}',
+        reason="bad_mask", default=(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

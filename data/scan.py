@@ -91,6 +91,7 @@ class Scan:
         rows: number, hash of texts and pictures and hash of the place of one record after the other.
         texts: the same of records without pictures (hash of the texts).
         pictures: the same of every picture (hash of its bytes).
+        patients: the same of records that name their patient.
     """
 
     records: int
@@ -102,13 +103,14 @@ class Scan:
     rows: "array[int]" = field(default_factory=lambda: array("Q"))
     texts: "array[int]" = field(default_factory=lambda: array("Q"))
     pictures: "array[int]" = field(default_factory=lambda: array("Q"))
+    patients: "array[int]" = field(default_factory=lambda: array("Q"))
 
     def token_table(self) -> np.ndarray:
         """`usable 6` int32, `COLUMNS`."""
         return np.array(self.tokens, np.int32).reshape(-1, len(COLUMNS))
 
     def hashes(self, name: str) -> np.ndarray:
-        """`k 3` uint64, number, hash and hash of the place, of `rows`, `texts` or `pictures`."""
+        """`k 3` uint64, number, hash and hash of the place, of `rows`, `texts`, `pictures` or `patients`."""
         return np.array(getattr(self, name), np.uint64).reshape(-1, 3)
 
     def add(self, kind: str, place: Place, keep: int) -> None:
@@ -126,7 +128,7 @@ class Scan:
             mine = self.faults.setdefault(kind, Found())
             mine.count += found.count
             mine.first += found.first[: keep - len(mine.first)]
-        for name in ("tokens", "rows", "texts", "pictures"):
+        for name in ("tokens", "rows", "texts", "pictures", "patients"):
             getattr(self, name).extend(getattr(part, name))
 
 
@@ -396,6 +398,8 @@ def _hash_record(look: Look, index: int, scan: Scan) -> None:
     if look.sample is None:  # a row without its pictures is no text
         return
     row = look.record.data
+    where = _hash64(look.record.where.encode("utf-8", "surrogatepass"))
+    note_patient(look.record, index, scan)
     row = (
         {"annotations": row["annotations"]} if "annotations" in row else row
     )  # the categories are all records'
@@ -403,7 +407,6 @@ def _hash_record(look: Look, index: int, scan: Scan) -> None:
         content = "\x1f".join(content_of(row)).encode("utf-8", "surrogatepass")
     except RecursionError:  # nested so deep that no honest row is a copy of it
         return
-    where = _hash64(look.record.where.encode("utf-8", "surrogatepass"))
     digests = [seen.digest for seen in look.pictures.values()]
     for digest in digests:
         scan.pictures.extend((index, digest, where))
@@ -412,6 +415,22 @@ def _hash_record(look: Look, index: int, scan: Scan) -> None:
         scan.rows.extend((index, _hash64(content), where))
     elif content:
         scan.texts.extend((index, _hash64(content), where))
+
+
+def note_patient(record: Record, index: int, scan: Scan) -> None:
+    """Add whose picture a record shows."""
+    if patient := patient_of(record.data):
+        of_patient, where = (
+            _hash64(text.encode("utf-8", "surrogatepass")) for text in (patient, record.where)
+        )
+        scan.patients.extend((index, of_patient, where))
+
+
+def patient_of(row: Mapping[str, Any]) -> str:
+    """Whose picture a record shows, if it says so."""
+    photo = row.get("image")
+    patient = row.get("patient_id", photo.get("patient_id") if isinstance(photo, dict) else None)
+    return str(patient) if isinstance(patient, (int, str)) else ""
 
 
 def _hash64(content: bytes) -> int:

@@ -39,6 +39,7 @@ class T2iDataset(TaskDataset):
 
     source_format: ClassVar[str] = "tar"
     needs = ("vae",)
+    moves = True
 
     def __init__(self, *, draws: int = 1, **base: Any) -> None:
         super().__init__(**base)

@@ -25,7 +25,7 @@ from data.conversation import (
 from data.dataset_base import Record, SkipSample, TaskDataset, Tower
 from data.rgb_image import RgbImage
 from data.rows import TalkRow, answers_in, read_row
-from data.transforms.boxes import normalised_box, read_mask, resized_mask
+from data.transforms.boxes import box_in, mask_in, read_mask, resized_mask
 from data.types import Sample, Segment
 from data.video import FrameSampler, file_for_pyav, read_frames
 
@@ -59,6 +59,7 @@ class VlmDataset(TaskDataset):
 
     image_transform_role: ClassVar[Tower] = "vit"
     needs: ClassVar[tuple[Tower, ...]] = ("vit",)
+    moves: ClassVar[bool] = True
     drops_image: ClassVar[bool] = False
 
     def __init__(
@@ -81,6 +82,10 @@ class VlmDataset(TaskDataset):
             None if frame_sampler_args is None else FrameSampler.from_args(frame_sampler_args)
         )
         self.reads_videos = self.frame_sampler is not None
+        if self.augment is not None and self.reads_videos:
+            raise ValueError(
+                "augment: the frames of videos are not moved; leave out one of augment and frame_sampler_args"
+            )
 
     def asked_heads(self, record: Record) -> tuple[str, ...]:
         row = read_row(TalkRow, record.data)
@@ -252,12 +257,13 @@ def read_objects(
         image, name, what = image or 0, name or "", f"object {k}"
         if not 0 <= image < len(pictures):
             raise SkipSample("bad_objects", f"{what} lies in picture {image}, the row has {len(pictures)}")
-        size = pictures[image].size
+        picture = pictures[image]
         if box is not None:
-            target = Target(head="box", name=name, image=image, boxes=normalised_box(box, size, what)[None])
+            target = Target(head="box", name=name, image=image, boxes=box_in(picture, box, what)[None])
             targets["box"].append(target)
         if mask is not None:
             height, width = und[image].pixels.shape[1:]
-            pixels = resized_mask(read_mask(mask, size, what), (height, width), what)
+            original = mask_in(picture, read_mask(mask, picture.annotated_size, what), what)
+            pixels = resized_mask(original, (height, width), what)
             targets["mask"].append(Target(head="mask", name=name, image=image, mask=pixels))
     return targets

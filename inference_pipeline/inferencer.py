@@ -25,7 +25,7 @@ from data.tokens import Tokenizer
 from data.transforms import ImageTransform, build_transform
 from data.types import Kind, Segment
 from modeling.autoencoder import load_autoencoder
-from modeling.bagel.choice import Choose, Drawn, likeliest
+from modeling.bagel.choice import Choose, Drawn, Told, likeliest
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.decode import Decoder, DrawOptions, without_last_text
 from modeling.bagel.latents import LatentEncoder
@@ -181,6 +181,17 @@ class Inferencer:
             head_transform=transforms.get("head"),
         )
 
+    def seeing(self, vit_transform: ImageTransform) -> "Inferencer":
+        """The same model, which sees pictures that it is asked about through another transform."""
+        return Inferencer(
+            self.decoder,
+            self.tokenizer,
+            vit_transform,
+            self._vae_transform,
+            self.reading,
+            self._head_transform,
+        )
+
     def picture(self, image: Picture) -> Segment:
         """A picture as the model is shown it in a question."""
         return self._prompt(Prompt(parts=(_open(image),)), ("und_image",), "").segments[-1]
@@ -193,6 +204,7 @@ class Inferencer:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int = 0,
+        told: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Let the model answer in text; boxes and masks come where it writes `<BOX>` and `<SEG>` itself.
 
@@ -201,10 +213,15 @@ class Inferencer:
             max_new_tokens: most tokens of an answer, thought included.
             do_sample, temperature: draw tokens from softmax(logits / temperature) instead of taking the likeliest.
             seed: of the first answer's draws; the others count on from it.
+            told: what the model is made to answer; boxes and masks are then what it sees at the `<BOX>` and `<SEG>` given.
         """
         prompts = [self._prompt(r, ("und_image",), THINK_BEFORE_ANSWERING) for r in requests]
         context = self.decoder.read([p.segments for p in prompts])
         choose = _choice(len(prompts), do_sample, temperature, seed)
+        if told is not None:
+            texts = [self.tokenizer.encode(text).tolist() for text in told]
+            choose = Told(texts, self.tokenizer.special.end)
+            max_new_tokens = max(map(len, texts), default=0)
         written = self.decoder.write(context, max_new_tokens, choose)
         found = self.decoder.perceive(context, written)
         answers = []

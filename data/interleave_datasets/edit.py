@@ -49,6 +49,7 @@ class EditDataset(TaskDataset):
 
     needs = ("vit", "vae")
     limits_size = True
+    moves = True
     draws_first: ClassVar[bool] = False
 
     def __init__(self, *, drop_condition: bool = False, draws: int = 1, **base: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image, UnidentifiedImageError
 
 from data import png
+from data.motion import Motion
 from data.rgb_image import RgbImage, jpeg_pixels
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -75,11 +76,13 @@ class Record:
             `{"image": "x.jpg", "text", "is_sentence", "shapes"}` as the file has them (ReasonSeg).
         where: file and line or member, for people.
         fetch: reads the bytes that a name stands for: a path below the data directory, a member's extension, a cell.
+        motion: of its pictures, if they are moved (`data/augment.py`).
     """
 
     data: dict[str, Any]
     where: str
     fetch: Callable[[str], bytes]
+    motion: Motion | None = None
 
     def open_image(self, name: str) -> RgbImage:
         """The decoded picture of a name that `fetch` knows.
@@ -91,7 +94,8 @@ class Record:
         """
         content = self.read_file(name)
         try:
-            return decode_image(content)
+            image = decode_image(content)
+            return image if self.motion is None else image.moved(self.motion)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
             what = f"{self.where}: image {name!r} is larger than may be decoded"
             message = f"{what} ({brief(e)}); make it smaller or remove the record"

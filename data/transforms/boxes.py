@@ -13,7 +13,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data.dataset_base import SkipSample
+from data.augment import require_left
+from data.rgb_image import RgbImage
+from data.sources.record import SkipSample
+from data.transforms.polygons import fill_polygon
+
+IGNORED = 255
+"""In the truth of an evaluation: pixels that do not count. Training takes them as background, as published."""
 
 
 def normalised_box(xyxy: Sequence[float], size: tuple[int, int], what: str) -> Tensor:
@@ -75,37 +81,65 @@ def read_mask(segmentation: Any, size: tuple[int, int], what: str) -> np.ndarray
     return mask
 
 
+def box_in(picture: RgbImage, xyxy: Sequence[float], what: str) -> Tensor:
+    """`4` xyxy in [0, 1] of a picture as it is shown, of a box in pixels of the picture that was annotated.
+
+    Raises:
+        SkipSample: as `normalised_box`; or `CROPPED` if the picture was cut and less than half of the box is left.
+    """
+    box = normalised_box(xyxy, picture.annotated_size, what)
+    if picture.placed is None:
+        return box
+    return torch.tensor(require_left(*picture.placed.box(box.tolist()), what))
+
+
+def mask_in(picture: RgbImage, mask: np.ndarray, what: str) -> np.ndarray:
+    """`hh ww` uint8 of a picture as it is shown, of a mask of the picture that was annotated; any values.
+
+    Raises:
+        SkipSample: `CROPPED` if the picture was cut and less than half of what is not 0 is left.
+    """
+    placed = picture.placed
+    if placed is None:
+        return mask
+    cut = placed.cut(mask)
+    require_left((), np.count_nonzero(cut) / max(np.count_nonzero(mask), 1) if mask.any() else 1.0, what)
+    if placed.scaled != (cut.shape[1], cut.shape[0]):
+        cut = np.array(Image.fromarray(cut).resize(placed.scaled, Image.Resampling.NEAREST))
+    return placed.turned(cut)
+
+
 def paint_shapes(shapes: Sequence[tuple[str, Sequence[Any]]], size: tuple[int, int], what: str) -> np.ndarray:
-    """`hh ww` uint8 0/1 of labelled polygons, painted from the largest to the smallest, so that small ones stay visible.
+    """`hh ww` uint8 of labelled polygons, painted from the largest to the smallest, so that small ones stay visible.
 
     Args:
-        shapes: label and corners; "ignore" in the label paints 0, "flag" nothing, everything else 1.
+        shapes: label and corners; "ignore" in the label paints 255, "flag" nothing, everything else 1. Corners are cut to whole
+            pixels, towards zero.
         size: width and height of the picture.
         what: names the shapes in the message.
 
     Raises:
-        SkipSample: `bad_mask` or `empty_mask`.
+        SkipSample: `bad_mask`.
 
-    Source: ReasonSeg's rendering as LISA 3cb2d43 does it; PIL's edges differ from OpenCV's by up to a pixel.
+    Source: ReasonSeg's rendering as LISA 3cb2d43 does it; edges as OpenCV 4.12 draws them, its pinned 4.8 differs by pixels.
     """
     layers = []
     for label, points in shapes:
         if label.lower() == "flag":
             continue
-        canvas = Image.new("L", size, 0)
         try:
             corners = [(int(x), int(y)) for x, y in points]
-            ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
+            if len(corners) < 2:
+                raise ValueError("no polygon")
+            layer = fill_polygon(corners, size)
         except (TypeError, ValueError, OverflowError):
             raise SkipSample(
                 "bad_mask", f"{what}: a shape's corners are two pairs of numbers or more, not {points!s:.60}"
             ) from None
-        layers.append((np.array(canvas, dtype=bool), "ignore" not in label.lower()))
+        layers.append((layer, IGNORED if "ignore" in label.lower() else 1))
     mask = np.zeros((size[1], size[0]), np.uint8)
     for layer, value in reversed(sorted(layers, key=lambda entry: entry[0].sum())):
         mask[layer] = value
-    if not mask.any():
-        raise SkipSample("empty_mask", f"{what}: nothing of the picture is inside; correct or remove them")
     return mask
 
 

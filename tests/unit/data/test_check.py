@@ -383,7 +383,12 @@ def test_every_planted_fault_is_found_at_its_place(broken_report):
 
 def test_every_kind_of_the_table_is_planted(broken_report):
     # Leaks have a test of their own; `unusable` is for reasons that are not in the table.
-    assert set(checks.CHECKS) - {kind for kind, _ in PLANTED} == {"leaked_picture", "leaked_text", "unusable"}
+    assert set(checks.CHECKS) - {kind for kind, _ in PLANTED} == {
+        "leaked_picture",
+        "leaked_text",
+        "leaked_patient",
+        "unusable",
+    }
 
 
 def test_nothing_else_is_found(broken_report):

@@ -18,9 +18,11 @@ from data.conversation import IMAGE, image_segment, prompt_segments
 from data.dataset_base import DropoutSpec, Record, SkipSample, TaskDataset, finish_sample
 from data.dataset_info import DATASET_REGISTRY
 from data.detection_dataset import DetectionCocoDataset, DetectionDataset
+from data.grounding_dataset import GroundingDataset
 from data.interleave_datasets.edit import CounterfactualDataset, EditDataset
 from data.interleave_datasets.steps import StepsDataset
 from data.layout import LayoutSpec
+from data.medical_dataset import MedicalDataset, MedicalRowDataset
 from data.mixture import load_mixture
 from data.packing import pack
 from data.perception_dataset import ReasonSegDataset, ReferDataset, ReferRowDataset
@@ -110,6 +112,14 @@ def coco(*annotations: dict, file_name: str = "a.png") -> dict:
 
 REFER = coco(annotation(), annotation(id=6, bbox=[0, 0, 32, 64], expressions=["the blue 7", "the big 7"]))
 THING = {"img_path": "a.png", "expression": "the red 7", "bbox": [16, 8, 48, 40]}
+SCAN = {**REFER, "image": {**REFER["image"], "modality": "X-ray", "patient_id": "p1", "spacing": [0.5, 0.5]}}
+FINDINGS = {
+    "image": "a.png",
+    "labels": ["the heart"],
+    "boxes": [[16, 8, 32, 32]],
+    "modality": "X-ray",
+    "slice_idx": 0,
+}
 SQUARE = [[0, 0], [31, 0], [31, 31], [0, 31]]
 REASON = {
     "image": "a.png",
@@ -143,6 +153,9 @@ ROWS = {
     ReferDataset: REFER,
     ReferRowDataset: THING,
     ReasonSegDataset: REASON,
+    GroundingDataset: THING,
+    MedicalDataset: SCAN,
+    MedicalRowDataset: FINDINGS,
     DetectionDataset: SCENE,
     DetectionCocoDataset: REFER,
 }
