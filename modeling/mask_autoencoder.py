@@ -95,14 +95,24 @@ class Bottleneck(nn.Module):
         stride: of the 3x3; it makes the map smaller, or larger with `up`.
         up: transposed convolutions.
         norm: of a block that changes nothing of the shape; the others have layer norm.
+        inner_norm: of the three convolutions, whatever the shape; the shortcut is then as it would be.
     """
 
     def __init__(
-        self, before: int, inner: int, after: int, stride: int = 1, *, up: bool = False, norm: Norm = "layer"
+        self,
+        before: int,
+        inner: int,
+        after: int,
+        stride: int = 1,
+        *,
+        up: bool = False,
+        norm: Norm = "layer",
+        inner_norm: Norm | None = None,
     ):
         super().__init__()
         changes = stride > 1 or before != after
-        make = ChannelNorm if changes else NORMS[norm]
+        beside_norm = ChannelNorm if changes else NORMS[norm]
+        make = beside_norm if inner_norm is None else NORMS[inner_norm]
         self.conv1, self.norm1 = nn.Conv2d(before, inner, 1, bias=False), make(inner)
         self.conv2: nn.Module = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
         if up and stride > 1:
@@ -115,7 +125,7 @@ class Bottleneck(nn.Module):
             if up:
                 beside = nn.ConvTranspose2d(before, after, 1, stride, output_padding=stride - 1, bias=False)
             self.shortcut = "upsample" if up else "downsample"
-            self.add_module(self.shortcut, nn.Sequential(beside, make(after)))
+            self.add_module(self.shortcut, nn.Sequential(beside, beside_norm(after)))
 
     def forward(self, x: Tensor) -> Tensor:
         """`i before h w` -> `i after h' w'`."""
@@ -150,7 +160,8 @@ class MaskAutoencoder(nn.Module):
                 f"uplayer{stage}", nn.Sequential(*same, Bottleneck(before, after // 2, after, 2, up=True))
             )
             before = after
-        self.uplayer_top = Bottleneck(before, width // 2, width // 2, 2, up=True)
+        # Published: batch norm inside although the shape changes.
+        self.uplayer_top = Bottleneck(before, width // 2, width // 2, 2, up=True, inner_norm=norm)
         self.conv1_1 = nn.ConvTranspose2d(width // 2, 1, 1, bias=False)
 
     def encode(self, masks: Tensor) -> Tensor:

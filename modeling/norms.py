@@ -16,7 +16,10 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`i c h w`."""
         last = x.movedim(1, -1)
-        return F.layer_norm(last, last.shape[-1:], self.weight, self.bias, self.eps).movedim(-1, 1)
+        normed = F.layer_norm(last, last.shape[-1:], self.weight, self.bias, self.eps)
+        # Channels first in memory again: on CPUs torch 2.11 writes beyond its buffers in the backward pass of transposed
+        # convolutions (stride 2, output padding) of maps that lie channels last.
+        return normed.movedim(-1, 1).contiguous()
 
 
 class FixedBatchNorm(nn.Module):

@@ -110,3 +110,15 @@ def test_autoencoder() -> None:
 def test_what_is_wrong_with_a_size_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskAutoencoderConfig.from_json(values, "here")
+
+
+def test_a_batch_learns() -> None:
+    """With the sizes of the recipe, at which torch's own backward pass broke on maps that lay channels last."""
+    torch.manual_seed(0)
+    sizes = {"resolution": 64, "width": 16, "down": [1, 1, 1, 1], "up": [1, 1, 1, 1], "code": 32}
+    model = MaskAutoencoder(MaskAutoencoderConfig.from_json(sizes, "here"))
+    masks = torch.zeros(52, 64, 64)
+    for i, mask in enumerate(masks):
+        mask[i % 40 : i % 40 + 20, 10 + i % 30 : 30 + i % 30] = 1
+    model.decode(model.encode(masks)).sub(masks).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())

@@ -8,7 +8,6 @@ from torch import nn
 
 from train.args import ParamArgs
 from train.param_manager import (
-    PARAM_GROUPS,
     describe,
     freeze,
     frozen_stay,
@@ -39,6 +38,12 @@ NAMES = {
     "vit_model.vision_model.encoder.layers.0.mlp.fc1.lora_B.default.weight": "lora",
     "latent_pos_embed.pos_embed": None,
 }
+OF_SOME_HEADS = {
+    "heads.mask.vision_encoder.layers.0.attn.qkv.weight": "mask_encoder",
+    "heads.mask.autoencoder.linear_dec.weight": "mask_encoder",
+    "heads.detr.adapters.grid.up.weight": "detr_adapter",
+    "heads.detr.box.0.weight": "detr",
+}
 
 
 class Named(nn.Module):
@@ -66,7 +71,7 @@ def trained(model: nn.Module) -> set[str | None]:
     return {group_of(name) for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("name", "group"), NAMES.items())
+@pytest.mark.parametrize(("name", "group"), {**NAMES, **OF_SOME_HEADS}.items())
 def test_names(name: str, group: str | None) -> None:
     assert group_of(name) == group
 
@@ -87,7 +92,19 @@ def test_names(name: str, group: str | None) -> None:
 )
 def test_freezing(model: Named, flag: str, frozen: set[str]) -> None:
     freeze(model, ParamArgs(**{flag: True}))
-    assert trained(model) == set(PARAM_GROUPS) - frozen
+    assert trained(model) == {*NAMES.values()} - {None} - frozen
+
+
+def test_what_the_mask_head_starts_from_is_kept_unless_asked() -> None:
+    names = ["heads.mask.vision_encoder.pos_embed.weight", "heads.mask.out.weight"]
+    for flags, groups in (
+        ({}, {"mask"}),
+        ({"freeze_mask_encoder": False}, {"mask", "mask_encoder"}),
+        ({"freeze_mask_encoder": False, "mask_encoder_lr": 0.0}, {"mask"}),
+    ):
+        model = Named(names)
+        freeze(model, ParamArgs(**flags))  # type: ignore[arg-type]
+        assert trained(model) == groups
 
 
 def test_rates(model: Named) -> None:
