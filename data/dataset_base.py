@@ -90,6 +90,9 @@ class TaskDataset(ABC):
     heads: tuple[str, ...] = ()
     """Perception heads that all its samples are for, as its arguments say; not those that single rows may ask for."""
 
+    max_objects: int = 1
+    """Most boxes of one region, as its arguments say; rows with more are rejected."""
+
     reads_videos: bool = False
     """Rows may have a video, as its arguments say."""
 
@@ -120,7 +123,7 @@ class TaskDataset(ABC):
             SkipSample: if the record cannot be used.
         """
 
-    def make(self, record: Record, rng: np.random.Generator) -> Sample:
+    def sample(self, record: Record, rng: np.random.Generator) -> Sample:
         """`to_sample` of the record, moved if the group asks for it; of the whole picture if cutting would lose an object.
 
         Raises:

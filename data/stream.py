@@ -138,7 +138,7 @@ def _make(
         where = record.where
         at_record(where)
         _require_short(group.dataset.certain_texts(record), group.dataset.tokenizer, plan.budget)
-        sample = group.dataset.make(record, sample_rng(plan.seed, group.name, position, "sample"))
+        sample = group.dataset.sample(record, sample_rng(plan.seed, group.name, position, "sample"))
         origin = Origin(group=group.name, lane=lane, position=position, where=where)
         sample = replace(sample, origin=origin, task=sample.task or group.name)
         finish_rng = sample_rng(plan.seed, group.name, position, "finish")

@@ -32,6 +32,7 @@ from data.mixture import Group, build_groups, load_mixture, load_validation
 from data.perception_dataset import Asked
 from data.sources.record import Record, SkipSample
 from data.tokens import Tokenizer
+from data.transforms import ImageTransform
 from inference_pipeline.parts import (
     Progress,
     Rows,
@@ -267,7 +268,9 @@ def ask(model: "Inferencer", batch: Sequence[Question], args: argparse.Namespace
     if not batch:
         return
     start = time.perf_counter()
-    answers = model.seeing(batch[0].group.dataset.vit_transform).answer(
+    transform = batch[0].group.dataset.vit_transform
+    assert isinstance(transform, ImageTransform), "classes that ask for places need a transform for the ViT"
+    answers = model.seeing(transform).answer(
         [Prompt(images=(p,), text=q.asked.question) for p, q in zip(pictures, batch, strict=True)],
         max_new_tokens=args.max_new_tokens,
         told=[q.asked.answer for q in batch] if args.mode == "forced" else None,
@@ -335,8 +338,8 @@ def _box_in_text(question: Question, text: str, size: tuple[int, int]) -> tuple[
     if form is None:
         return None
     transform = question.group.dataset.vit_transform
-    assert transform is not None
-    found = form.read(text, transform.resized(*size))  # type: ignore[attr-defined]  # pixels are the model's
+    assert isinstance(transform, ImageTransform)
+    found = form.read(text, transform.resized(*size))  # pixels are those of the picture that the model sees
     sides = (*size, *size)
     return tuple(v * side for v, side in zip(found[0][0], sides, strict=True)) if found else None
 

@@ -157,7 +157,7 @@ def read_masks(groups: Sequence[Group], resolution: int, limit: int, seed: int) 
                 break
             rng = sample_rng(seed, group.name, index, "sample")
             try:
-                sample = group.dataset.make(group.source.read(index), rng)
+                sample = group.dataset.sample(group.source.read(index), rng)
             except SkipSample as e:
                 logger.warning("%s record %d is left out: %s", group.name, index, e.message)
                 continue

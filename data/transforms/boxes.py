@@ -103,7 +103,8 @@ def mask_in(picture: RgbImage, mask: np.ndarray, what: str) -> np.ndarray:
     if placed is None:
         return mask
     cut = placed.cut(mask)
-    require_left((), np.count_nonzero(cut) / max(np.count_nonzero(mask), 1) if mask.any() else 1.0, what)
+    before, after = int(np.count_nonzero(mask)), int(np.count_nonzero(cut))
+    require_left((), after / before if before else 1.0, what)
     if placed.scaled != (cut.shape[1], cut.shape[0]):
         cut = np.array(Image.fromarray(cut).resize(placed.scaled, Image.Resampling.NEAREST))
     return placed.turned(cut)

@@ -119,8 +119,8 @@ def test_all_of_an_edit_moves_together_and_its_text_with_it(tokenizer, crop):
     seen = set()
     for seed in range(12):
         record = Record(data=row, where="rows:1", fetch=files.__getitem__)
-        sample = dataset.make(record, np.random.default_rng(seed))
-        again = dataset.make(record, np.random.default_rng(seed))
+        sample = dataset.sample(record, np.random.default_rng(seed))
+        again = dataset.sample(record, np.random.default_rng(seed))
         assert all(
             torch.equal(a.pixels, b.pixels) for a, b in zip(sample.segments, again.segments, strict=True)
         )
@@ -173,7 +173,7 @@ def test_a_crop_that_loses_an_object_is_given_up(tokenizer):
     record = Record(data=row, where="rows:1", fetch=lambda name: png(pixels))
     dataset = ReferRowDataset(tokenizer=tokenizer, vit_transform=FULL, augment={"crop": [0.5, 0.6]})
     for seed in range(6):
-        (region,) = dataset.make(record, np.random.default_rng(seed)).regions
+        (region,) = dataset.sample(record, np.random.default_rng(seed)).regions
         torch.testing.assert_close(region.boxes[0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 

@@ -142,9 +142,9 @@ def test_a_moved_picture_moves_its_coordinates(tokenizer):
     dataset = make(
         GroundingDataset, tokenizer, templates=["<expr>?"], box_format="fraction", augment={"flip": 1.0}
     )
-    sample = dataset.make(as_record(ROW), np.random.default_rng(0))
+    sample = dataset.sample(as_record(ROW), np.random.default_rng(0))
     assert plan(sample, tokenizer)[-1] == "*[0.250,0.125,0.750,0.625]"  # in the middle
-    sample = dataset.make(as_record({**ROW, "bbox": OTHER}), np.random.default_rng(0))
+    sample = dataset.sample(as_record({**ROW, "bbox": OTHER}), np.random.default_rng(0))
     assert plan(sample, tokenizer)[-1] == "*[0.500,0.000,1.000,1.000]"
 
 

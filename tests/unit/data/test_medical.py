@@ -170,7 +170,7 @@ def test_coco_with_categories_and_moved_slices(files, tokenizer):
         "categories": {2: {"id": 2, "name": "cyst"}},
     }
     dataset = make(MedicalDataset, tokenizer, mask_templates=[], augment={"flip": 1.0})
-    sample = dataset.make(record(files, coco), np.random.default_rng(0))
+    sample = dataset.sample(record(files, coco), np.random.default_rng(0))
     assert plan(sample, tokenizer)[1:] == ["Where is cyst?", "*<BOX>"]
     torch.testing.assert_close(sample.regions[0].boxes[0], torch.tensor([4 / 6, 0, 1, 2 / 5]))
     assert patient_of(coco) == "5" and patient_of(ROW) == "p7" and patient_of({"image": "a.png"}) == ""
