@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from train.distributed.sharding import local
+from train.distributed.sharding import divided_as, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -60,7 +60,8 @@ def kept_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: nn.Pa
     if not entry:
         if not group.get("matrices"):
             entry["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        entry.update({moment: torch.zeros_like(p) for moment in MOMENTS[: moments_kept(group)]})
+        moments = MOMENTS[: moments_kept(group)]
+        entry.update({moment: divided_as(p, torch.zeros_like(local(p.detach()))) for moment in moments})
     return entry
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.distributed.sharding import local
+from train.distributed.sharding import divided_as, local
 from train.streams import beside, present
 
 
@@ -30,7 +30,7 @@ class Ema:
             n: p for n, p in model.named_parameters() if p.requires_grad
         }
         self._averages: dict[str, Tensor] = {
-            n: p.detach().to("cpu" if on_cpu else p.device, torch.float32, copy=True)
+            n: divided_as(p, local(p.detach()).to("cpu" if on_cpu else p.device, torch.float32, copy=True))
             for n, p in self._weights.items()
         }
         self._thread = ThreadPoolExecutor(1, "average") if on_cpu else None
