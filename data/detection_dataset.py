@@ -28,7 +28,7 @@ from data.detections import (
 )
 from data.rows import PhotoRow, SceneRow, read_row
 from data.teachers import TeacherPool
-from data.transforms.boxes import normalised_box
+from data.transforms.boxes import box_in
 from data.types import NO_BOXES, Region, Role, Sample, Segment
 
 HEAD = "detr"
@@ -68,6 +68,7 @@ class DetectionDataset(TaskDataset):
 
     needs = ("vit",)
     image_transform_role = "vit"
+    moves = True
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class DetectionDataset(TaskDataset):
     ) -> tuple[list[Segment], Region]:
         """What is asked, shown and said of one scene, and where its objects are."""
         pictures = [self.open_image(record, name) for name in scene.pictures]
-        require_size(scene, pictures[-1].size)
+        require_size(scene, pictures[-1].annotated_size)
         shown = [image_segment("und_image", p, self.vit_transform, len(pictures)) for p in pictures]
         height, width = shown[-1].pixels.shape[1:]
         names = [t.label for t in scene.things]

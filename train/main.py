@@ -196,6 +196,7 @@ def require_heads(config: BagelConfig, groups: Sequence[Group], model_path: Path
             )
         asked = asked_heads(group.dataset, group.source)
         _require_views(config, group, {*group.dataset.heads, *asked})
+        _require_room(config, group)
         for head, where in asked.items():
             if head not in config.heads:
                 raise ValueError(
@@ -211,6 +212,17 @@ def _require_views(config: BagelConfig, group: Group, asked: set[str]) -> None:
             raise ValueError(
                 f"group {group.name!r}: the {head} head has an image encoder of its own, which sees no picture; give the group "
                 "head_image_transform_args (for SAM's encoder {type: sam, image_size: 1024})"
+            )
+
+
+def _require_room(config: BagelConfig, group: Group) -> None:
+    for head in group.dataset.heads:
+        options = config.heads[head]
+        most = head_class(head, options).most_objects(options)
+        if most is not None and group.dataset.max_objects > most:
+            raise ValueError(
+                f"group {group.name!r}: max_objects {group.dataset.max_objects} is more than the {head} head can find, {most} "
+                "(num_queries in bagel_config.json); lower the one or raise the other"
             )
 
 

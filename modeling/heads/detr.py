@@ -5,9 +5,9 @@ Sources: DETR (arXiv 2005.12872), boxes refined layer by layer and first places 
 boxes (2201.12329), a window around each place (2101.07448).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,11 @@ class DetrHead(PerceptionHead):
             else None
         )
 
+    @classmethod
+    def most_objects(cls, options: Mapping[str, Any]) -> int:
+        """One per query."""
+        return int(options.get("num_queries", cls.options()["num_queries"].default))
+
     def forward(self, inputs: HeadInputs) -> DetrOutput:
         """Look for everything in the pictures, and match it with what is there, where the regions say that."""
         regions = inputs.regions
@@ -214,7 +219,7 @@ class DetrHead(PerceptionHead):
         at = cells + self.cell_box(seen).float()
         stage = self._stage(self.cell_score(seen).float() + RARE, at, picture.valid)
         ranks = stage.logits[..., 0].detach().masked_fill(~picture.valid, float("-inf"))
-        best = ranks.argsort(dim=1, descending=True)
+        best = ranks.argsort(dim=1, descending=True, stable=True)
         # A small picture has fewer cells than there are queries: several start at one cell.
         turn = torch.arange(self.num_queries, device=best.device)[None] % picture.valid.sum(1, keepdim=True)
         index = best.gather(1, turn)

@@ -38,6 +38,11 @@ class PerceptionHead(nn.Module):
         return False
 
     @classmethod
+    def most_objects(cls, options: Mapping[str, Any]) -> int | None:
+        """How many boxes it can give for one region with these options; None: that is not bounded by them."""
+        return None
+
+    @classmethod
     def require_tower(cls, options: Mapping[str, Any], tower: object) -> None:
         """Stop if, with these options, it cannot look at the grid of such a tower (its config).
 

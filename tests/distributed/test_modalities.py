@@ -1,8 +1,9 @@
 """Any mixture of modalities on one rank beside any other on the other: no rank waits for ever, and the gradients are right.
 
 A rank's pack is one conversation over a subset of: supervised text, picture to understand, picture as a condition, picture to
-draw, box, mask. A box or a mask is in a picture to understand, so 40 of the 64 subsets exist; the empty one is an empty pack. Of
-the 1,600 pairs, 80 are trained: every subset on rank 0 beside everything, on rank 1 beside what it lacks. That covers the rest:
+draw, box (that a token asks for, and that a detector finds), mask. A box or a mask is in a picture to understand, so 40 of the
+64 subsets exist; the empty one is an empty pack. Of the 1,600 pairs, 80 are trained: every subset on rank 0 beside everything, on
+rank 1 beside what it lacks. That covers the rest:
 ranks hang where their collectives differ, and a rank issues the same ones in every step, whatever it has, which is checked here.
 """
 
@@ -64,6 +65,8 @@ def conversation(present: Present) -> list[Sample]:
     if "box" in present:
         box = torch.tensor([[0.1, 0.2, 0.5, 0.6]])
         regions.append(Region(head="box", segment=len(segments), token=0, image=0, boxes=box))
+        name = (torch.tensor([30, 31, 2]),)
+        regions.append(Region(head="detr", segment=0, token=0, image=0, boxes=box, phrases=name))
     if "mask" in present:
         mask = (picture(9)[0] > 127).to(torch.uint8)
         regions.append(Region(head="mask", segment=len(segments), token=2, image=0, mask=mask))

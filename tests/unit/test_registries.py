@@ -4,9 +4,8 @@ Datasets and metrics have the deeper sweeps over their tables in data/test_datas
 """
 
 import inspect
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from tests.unit.modeling.tiny import (
     every_sample,
     made_up_latents,
     mask_config,
+    numbers,
     text_sample,
     tiny_model,
 )
@@ -119,14 +119,6 @@ def inputs(hidden: Tensor, image: Tensor, grids: FeatureGrids, *, known: bool = 
     )
 
 
-def learnt(output: Any) -> Tensor:
-    """Squares of everything in a head's output that has a gradient, summed."""
-    if isinstance(output, Tensor):
-        return output.square().sum() if output.requires_grad else torch.zeros(())
-    parts = [getattr(output, f.name) for f in fields(output)] if is_dataclass(output) else output
-    return sum((learnt(x) for x in parts if isinstance(x, (Tensor, tuple))), torch.zeros(()))
-
-
 def random_grids() -> FeatureGrids:
     """Two pictures of 16x24 and 8x8 px."""
     pixels = torch.randint(0, 256, (7, 3 * 8 * 8), dtype=torch.uint8)
@@ -162,7 +154,7 @@ def test_head_reads_states_and_grids(name: str) -> None:
         assert output.mask_hw == ((8, 8), (16, 24), (16, 24)) and len(output.mask_logits) == 64 + 2 * 384
     else:
         assert output.boxes.shape == (3, 4) and bool(((output.boxes >= 0) & (output.boxes <= 1)).all())
-    learnt(output).backward()
+    numbers(output).square().sum().backward()
     trained = [(name, p) for name, p in head.named_parameters() if p.requires_grad]
     looks = [] if name == "autoencoder" else [("grid", grids.values)]
     for what, x in (("state", hidden), *looks, *trained):
@@ -175,7 +167,7 @@ def test_head_without_regions_gives_zero_gradients_not_none(name: str) -> None:
     for grids in (random_grids(), NO_GRIDS):
         head.zero_grad()
         output = head(inputs(torch.zeros(0, 32), nothing, grids))
-        learnt(output).backward()
+        numbers(output).square().sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in head.parameters() if p.requires_grad)
 
 

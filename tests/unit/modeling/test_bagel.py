@@ -29,7 +29,10 @@ from train.args import ParamArgs
 from train.objective import Objective
 from train.param_manager import freeze, group_of
 
-WEIGHTS = {"ce": 1.0, "mse": 1.0, "box_l1": 2.0, "box_giou": 0.5, "mask_bce": 1.0, "mask_dice": 1.0}
+WEIGHTS = {
+    "ce": 1.0, "mse": 1.0, "box_l1": 2.0, "box_giou": 0.5, "mask_bce": 1.0, "mask_dice": 1.0,
+    "det_objectness": 2.0, "det_l1": 5.0, "det_giou": 2.0, "det_caption": 1.0,
+}  # fmt: skip
 
 NO_GRADIENT_IN_EXACT_ARITHMETIC = ("vit_model", "k_proj.bias"), ("heads.box", "key.bias")
 """A bias added to every key, where there are no rotary positions, cancels in the softmax; what is left is rounding."""

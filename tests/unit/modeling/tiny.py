@@ -1,7 +1,8 @@
 """A tiny model and tiny samples of every kind, for tests."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,15 @@ def picture(seed: int, height: int = 64, width: int = 64) -> Tensor:
 
 def text(*ids: int, **rest) -> Segment:
     return Segment(kind="text", ids=torch.tensor(ids), **rest)
+
+
+def numbers(output: Any) -> Tensor:
+    """All floating point numbers of a head's output, one after the other."""
+    if isinstance(output, Tensor):
+        return output.flatten() if output.is_floating_point() else torch.zeros(0)
+    parts = [getattr(output, f.name) for f in fields(output)] if is_dataclass(output) else output
+    found = [numbers(x) for x in parts if isinstance(x, (Tensor, tuple))]
+    return torch.cat([torch.zeros(0), *found])
 
 
 def perception_sample() -> Sample:

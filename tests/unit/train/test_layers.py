@@ -24,6 +24,7 @@ from tests.unit.modeling.tiny import (
     drawing_sample,
     editing_sample,
     made_up_latents,
+    numbers,
     perception_sample,
     text_sample,
     tiny_config,
@@ -104,7 +105,7 @@ def cost(model: Bagel, *samples: Sample) -> Cost:
 
 def scalar(model: Bagel, batch: PackedBatch) -> Tensor:
     out = model(batch, made_up_latents(batch).noised)
-    return out.hidden.square().sum() + sum(h.boxes.sum() + h.mask_logits.sum() for h in out.heads.values())
+    return out.hidden.square().sum() + sum(numbers(h).sum() for h in out.heads.values())
 
 
 def gradients(model: Bagel) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from data.interleave_datasets.edit import EditDataset
 from data.mixture import Group
 from data.sources import JsonlSource
 from data.tokens import Tokenizer
+from data.transforms import LongestSide
 from data.vlm_dataset import VlmDataset
 from tests.unit.data.toy_groups import NumberDataset, group
-from tests.unit.modeling.tiny import tiny_config
+from tests.unit.modeling.tiny import mask_config, tiny_config
 from train.config import build_args
 from train.main import for_training, require_heads, sharding
 
@@ -54,6 +55,30 @@ def test_a_mixture_that_asks_for_boxes_is_refused_by_a_model_without_a_head_for_
         f"heads: mask.; take the group out of the mixture{rest}, or start from a model that has them",
     ):
         require_heads(replace(config, heads={"mask": {}}), groups, Path("model"))
+
+
+def test_a_head_with_an_encoder_of_its_own_wants_its_view() -> None:
+    dataset = PictureDataset()
+    dataset.heads = ("mask",)
+    groups = [replace(group("refer", [3]), dataset=dataset)]
+    with pytest.raises(
+        ValueError, match="group 'refer': the mask head has an image encoder of its own.*head_image_transform"
+    ):
+        require_heads(mask_config("separate"), groups, Path("model"))
+    dataset.head_transform = LongestSide(32)
+    require_heads(mask_config("separate"), groups, Path("model"))
+
+
+def test_a_group_with_more_objects_than_the_head_has_queries_is_refused() -> None:
+    dataset = PictureDataset()
+    dataset.heads, dataset.max_objects = ("detr",), 6
+    groups = [replace(group("find", [3]), dataset=dataset)]
+    config = tiny_config()
+    with pytest.raises(
+        ValueError, match="group 'find': max_objects 6 is more than the detr head can find, 5"
+    ):
+        require_heads(config, groups, Path("model"))
+    require_heads(replace(config, heads={"detr": {}}), groups, Path("model"))
 
 
 def rows_with_objects(

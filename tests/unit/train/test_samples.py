@@ -102,7 +102,7 @@ def test_a_sheet_shows_every_sample() -> None:
         shown(sample, continue_sample(decoder, sample, FAST, seed=1, max_new_tokens=4), decoded)
         for sample in (*every_sample(), text_sample())
     ]
-    seeing, drawing, editing, saying, _ = rows
+    _, seeing, _, drawing, editing, saying, _ = rows
     assert (
         seeing.prompt == "10 11"
         and seeing.target_text == "5 12 6"

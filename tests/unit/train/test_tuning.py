@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modeling.build import load_model
 from modeling.source import read_source
 from scripts.convert.export import main as export
-from tests.unit.modeling.tiny import made_up_latents
+from tests.unit.modeling.tiny import made_up_latents, numbers
 from tests.unit.train.adapting import args_of, built, packs, train, write_directory
 from train.checkpoint import Checkpoints, Start
 from train.distributed.dcp import StoredTensors
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(model: nn.Module) -> dict[str, Tensor]:
     batch = packs(1)[0]
     out = model.eval()(batch, made_up_latents(batch).noised)
-    heads = {name: torch.cat([h.boxes.flatten(), h.mask_logits.flatten()]) for name, h in out.heads.items()}
+    heads = {name: numbers(h) for name, h in out.heads.items()}
     return {"logits": out.logits, "velocity": out.velocity, **heads}
 
 
