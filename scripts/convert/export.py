@@ -194,7 +194,7 @@ def open_step(args: argparse.Namespace) -> Opened:
     if args.model_path is not None:  # it also stands in for what the run was built from, where that is gone
         gone = [
             name
-            for name in ("llm_path", "vit_path", "vae_path")
+            for name in ("llm_path", "vit_path", "mask_path", "vae_path")
             if known.get(name) and not Path(known[name]).exists()
         ]
         moved = {"model_path": args.model_path, **dict.fromkeys(gone)}

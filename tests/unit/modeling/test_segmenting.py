@@ -321,3 +321,29 @@ def test_what_is_wrong_with_a_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the mask head is MaskHead, which starts from no directory"):
         read_source(plain, mask_path=sam, from_scratch=True)
     assert json.loads((plain / "bagel_config.json").read_text())["heads"] == {"mask": {}}
+
+
+def test_a_sam_2_directory_gives_its_decoder_to_a_shared_grid(tmp_path: Path) -> None:
+    sizes = json.loads((GOLDEN / "hf_sam2_decoder_tiny_io.json").read_text())["config"]
+    folder = tmp_path / "sam2"
+    folder.mkdir()
+    write_json(folder / "config.json", {"model_type": "sam2", "mask_decoder_config": sizes})
+    decoder = load_file(GOLDEN / "hf_sam2_decoder_tiny_state_dict.safetensors")
+    stored = {f"mask_decoder.{key}": tensor for key, tensor in decoder.items()}
+    stored["shared_image_embedding.positional_embedding"] = torch.randn(2, 16)
+    save_file(stored, folder / "model.safetensors")
+    head = {"type": "sam", "stability": True}
+    source = read_source(model_directory(tmp_path / "base", head), mask_path=folder, from_scratch=True)
+    model = build_model(source.config)
+    value = starting_values(source, model, weights="model", seed=0)
+    for ours, theirs in (
+        ("obj_score_token.weight", "obj_score_token.weight"),
+        ("transformer.layers.1.mlp.lin2.weight", "transformer.layers.1.mlp.proj_out.weight"),
+        (
+            "transformer.final_attn_token_to_image.out_proj.bias",
+            "transformer.final_attn_token_to_image.o_proj.bias",
+        ),
+    ):
+        assert torch.equal(value(f"heads.mask.mask_decoder.{ours}", decoder[theirs].shape), decoder[theirs])
+    config = source.config.heads["mask"]["decoder"]
+    assert config["iou_sigmoid"] and config["object_score"] and config["layer_norm_eps"] == 1e-5
