@@ -93,9 +93,6 @@ class TaskDataset(ABC):
     max_objects: int = 1
     """Most boxes of one region, as its arguments say; rows with more are rejected."""
 
-    max_objects: int = 1
-    """Most boxes of one region, as its arguments say; rows with more are rejected."""
-
     reads_videos: bool = False
     """Rows may have a video, as its arguments say."""
 
