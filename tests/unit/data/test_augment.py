@@ -153,6 +153,12 @@ def test_a_text_that_names_a_side_is_not_mirrored_silently():
     assert all(m.mirrored for m in draws) and {m.quarters for m in draws} > {0}
     draws = [augment.draw({"message": [{"from": "gpt", "value": "the upper one"}]}, rng) for _ in range(8)]
     assert all(m.mirrored for m in draws) and not any(m.quarters for m in draws)
+    for row in (
+        {"labels": ["the left lung"]},
+        {"objects": {"ref": ["Right"]}},
+        {"json": {"caption": "rightmost"}},
+    ):
+        assert not augment.draw(row, rng).mirrored, row
     assert not augment.draw({"caption": "左边的螺丝"}, rng).mirrored
 
 

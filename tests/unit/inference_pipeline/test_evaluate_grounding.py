@@ -167,6 +167,31 @@ def test_groups_that_cannot_be_evaluated_are_named(run, capsys, flags, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_boxes_that_are_written_as_text(run, capsys):
+    start, folder, tiny = run
+    rows = [{"img_path": "a.png", "expression": name, "bbox": [10, 8, 20, 16]} for name in ("it", "that")]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = MIXTURE.replace("type: refer_jsonl", "type: grounding_jsonl\n    box_format: pixels")
+    mixture = mixture.replace(
+        "refer_jsonl: {things: {jsonl_path: things.jsonl}}",
+        "grounding_jsonl: {things: {jsonl_path: texts.jsonl}}",
+    )
+    (folder / "data.yaml").write_text(mixture)
+    assert start("out", "--mode", "forced") == 1
+    assert "to give the answer is to give the box" in capsys.readouterr().err
+
+    # The model sees 40x32 px as 32x24 px, and says its boxes in these.
+    said = {"it": "At [8,6,16,12].", "that": "I do not know."}
+    tiny.seeing = lambda transform: tiny
+    tiny.answer = lambda requests, **options: [
+        Answer(text=next(text for name, text in said.items() if name in r.text), boxes=[], masks=[])
+        for r in requests
+    ]
+    assert start("out", "--mode", "generate") == 0
+    figures = report_of(folder / "out", "generate")["groups"]["things"]
+    assert figures["generated/box/acc_90"] == figures["generated/box/answered"] == 0.5
+
+
 def test_sums_of_a_row_are_those_of_its_metric():
     metric = GresIou()
     metric.update(None, np.zeros((4, 4), np.uint8))
