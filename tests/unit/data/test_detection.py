@@ -265,3 +265,12 @@ def test_coco(tokenizer: Tokenizer) -> None:
     row["annotations"][0]["category_id"] = 9
     with pytest.raises(SkipSample, match=r"annotations\[0\].category_id: 9 is no category"):
         sample_of(dataset, row)
+
+
+def test_a_picture_that_is_mirrored_takes_region_and_answer_along(tokenizer: Tokenizer) -> None:
+    row = {"images": ["0.png"], "objects": [{"bbox_2d": [0, 8, 16, 24], "label": "a"}]}
+    dataset = make(tokenizer, augment={"flip": 1.0})
+    record = Record(data=row, where="train.jsonl:1", fetch=FILES.__getitem__)
+    made = dataset.sample(record, np.random.default_rng(0))
+    assert said(made, tokenizer)[-1] == '[{"bbox_2d":[24,4,32,12],"label":"a"}]'
+    torch.testing.assert_close(made.regions[0].boxes, torch.tensor([[0.75, 0.125, 1.0, 0.375]]))
