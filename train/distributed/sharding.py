@@ -152,7 +152,10 @@ def divided_as(x: Tensor, piece: Tensor) -> Tensor:
 
     Asking DTensor for it (`zeros_like`, `clone`) takes about as long as reading it from a checkpoint, if it is small.
     """
-    return DTensor(piece, x._spec, requires_grad=False) if isinstance(x, DTensor) else piece
+    if not isinstance(x, DTensor):
+        return piece
+    alike = x if x.dtype == piece.dtype else x.detach().to(piece.dtype)
+    return DTensor(piece, alike._spec, requires_grad=False)
 
 
 def sync_gradients(model: nn.Module, args: FsdpArgs, *, last: bool) -> None:
