@@ -154,7 +154,7 @@ def divided_as(x: Tensor, piece: Tensor) -> Tensor:
     """
     if not isinstance(x, DTensor):
         return piece
-    alike = x if x.dtype == piece.dtype else x.detach().to(piece.dtype)
+    alike = x if x.dtype == piece.dtype else cast(DTensor, x.detach().to(piece.dtype))
     return DTensor(piece, alike._spec, requires_grad=False)
 
 
