@@ -40,7 +40,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest tests/unit -q -m "not slow and not gpu" $(PYTEST_ARGS)
 
+# Many tests start processes; each would compile our modules anew where python may not write what it has compiled.
 test: $(READY)
+	$(BIN)/python -m compileall -q data inference_pipeline modeling scripts tests train
 	$(BIN)/pytest tests $(PYTEST_ARGS)
 
 test-unit: $(READY)
@@ -61,8 +63,9 @@ test-kills: $(READY)
 parity: $(READY)
 	$(BIN)/python -m tests.parity.run --worst --table docs/parity.md
 
+# benchmarks/gpu.py is for a machine with one.
 bench: $(READY)
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "# $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do [ -e "$$script" ] || continue; echo "# $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	rm -rf "$(VENV)" .pytest_cache .ruff_cache .mypy_cache .hypothesis
