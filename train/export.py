@@ -33,6 +33,7 @@ from modeling.autoencoder import (
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.build import build_model
+from modeling.siglip.config import SiglipConfig
 from modeling.source import ModelSource
 from modeling.tensor_file import Entry, FilePlan, Written, plan_files, write_files
 from train.distributed.collectives import on_main, rank, world_size
@@ -308,6 +309,7 @@ def beyond_published(config: BagelConfig) -> list[str]:
         "no visual_und": not config.visual_und,
         "stem_width": bool(config.vit.stem_width),
         "vit_rope": config.vit.rope,
+        "another vision tower": not isinstance(config.vit, SiglipConfig),
         "no qk_norm": not config.llm.qk_norm,
         f"layer_module {config.llm.layer_module}": config.llm.layer_module != "Qwen2MoTDecoderLayer",
         "a VAE of another size": (config.latent_channels, config.vae_downsample) != (16, 8),

@@ -37,8 +37,8 @@ from modeling.bagel.init import initial_value
 from modeling.huggingface import TOWER
 from modeling.ops.attention import AttentionPlan
 from modeling.ops.patch import normalise_pixels
-from modeling.siglip.model import SiglipVisionModel
 from modeling.source import read_source
+from modeling.towers import TowerConfig, tower_of
 from train.distributed.session import World, run_entry, session
 from train.warm_up_run import (
     ProgressLog,
@@ -76,10 +76,10 @@ class Regions:
 class RegionNamer(nn.Module):
     """The tower and what compares its regions with names."""
 
-    def __init__(self, vit: SiglipVisionModel, vocab_size: int):
+    def __init__(self, config: TowerConfig, vocab_size: int):
         super().__init__()
-        width = vit.config.hidden_size
-        self.vit = vit
+        width, self.side = config.hidden_size, config.positions_per_side
+        self.vit = tower_of(config).build(config)
         self.of_region = nn.Linear(width, width, bias=False)
         self.of_token = nn.Embedding(vocab_size, width)
         # The start of the paper: temperature 10, and a bias that makes every pair a non-match.
@@ -102,7 +102,7 @@ class RegionNamer(nn.Module):
         lens = [h * w] * count
         plan = AttentionPlan.build(lens, lens, ["full"] * count, [0] * count, device)
         patches = normalise_pixels(data.patches[rows].to(device).flatten(0, 1))
-        position = torch.arange(h)[:, None] * self.vit.config.positions_per_side + torch.arange(w)[None]
+        position = torch.arange(h)[:, None] * self.side + torch.arange(w)[None]
         grid = self.vit(patches, position.flatten().repeat(count).to(device), (data.hw,) * count, plan)
         pairs = zip(grid.unflatten(0, (count, h * w)), rows.tolist(), strict=True)
         seen = torch.cat([data.weights[i].to(device) @ g for g, i in pairs])
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_float32_matmul_precision(args.matmul_precision)
         log = ProgressLog(args.output_dir / LOG_NAME if world.is_main else None)
         torch.manual_seed(args.seed)  # the session's seed differs per rank, the weights must not
-        model = RegionNamer(SiglipVisionModel(config.vit), len(tokenizer)).to(world.device)
+        model = RegionNamer(config.vit, len(tokenizer)).to(world.device)
         with torch.no_grad():
             for name, p in model.vit.named_parameters():
                 p.copy_(initial_value(f"vit_model.{name}", p.shape, config, args.seed))

@@ -20,8 +20,9 @@ class SamPositionalEmbedding(nn.Module):
     def forward(self, places: Tensor) -> Tensor:
         """`... 2`, x y in [0, 1] -> `... d`."""
         table = self.positional_embedding
-        angle = 2 * math.pi * ((2 * places - 1).to(table.dtype) @ table)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        # In float32 also where weights are not: rounded angles would be other places.
+        angle = 2 * math.pi * ((2 * places.float() - 1) @ table.float())
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(table.dtype)
 
     def grid(self, height: int, width: int) -> Tensor:
         """`1 d height width`, the code of every cell's centre; of any aspect."""
