@@ -10,6 +10,8 @@ SEED ?= 0
 NPROC ?= 2
 PYTHON ?=
 PYTEST_ARGS ?=
+# Many tests wait for processes; two at a time, a file each, fill two cores.
+TEST_PROCESSES ?= 2
 
 # Two processes on two cores spin against each other's threads unless each has one.
 export OMP_NUM_THREADS ?= 1
@@ -43,7 +45,7 @@ check: $(READY)
 # Many tests start processes; each would compile our modules anew where python may not write what it has compiled.
 test: $(READY)
 	$(BIN)/python -m compileall -q data inference_pipeline modeling scripts tests train
-	$(BIN)/pytest tests $(PYTEST_ARGS)
+	$(BIN)/pytest tests -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-unit: $(READY)
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
