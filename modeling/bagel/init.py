@@ -10,7 +10,7 @@ from modeling.bagel.config import BagelConfig
 from modeling.ops.patch import sincos_table
 
 ZERO_START = (
-    "llm2vae.", "heads.box.out.2.", "heads.detr.box.4.", "heads.detr.cell_box.4.",
+    "llm2vae.", "heads.box.out.2.", "heads.box.layers.2.", "heads.detr.box.4.", "heads.detr.cell_box.4.",
     "heads.detr.adapters.grid.up.", "heads.detr.adapters.states.up.",
 )  # fmt: skip
 """The velocity, what the box head and the detector correct, and the detector's adapters start at nothing."""

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from modeling.heads.box import BoxHead
+from modeling.heads.box_embedding import BoxEmbeddingHead
 from modeling.heads.detr import DetrHead
 from modeling.heads.head import PerceptionHead
 from modeling.heads.mask import MaskHead
@@ -18,6 +19,7 @@ from modeling.heads.sam_mask import SamMaskHead
 
 HEADS: dict[str, type[PerceptionHead]] = {
     "box": BoxHead,
+    "embedding": BoxEmbeddingHead,
     "mask": MaskHead,
     "sam": SamMaskHead,
     "autoencoder": MaskAutoencoderHead,

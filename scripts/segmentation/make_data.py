@@ -32,16 +32,15 @@ from scripts.data.make_quickstart import (
 from scripts.data.make_quickstart_model import LLM, VIT, train_tokenizer, write_model
 
 SPLITS = ("train", "test")
-MASK_HEADS: dict[str, dict[str, Any]] = {
+SAM_DECODER = {"hidden_size": 64, "num_attention_heads": 4, "mlp_dim": 128, "iou_head_hidden_dim": 64}
+HEADS: dict[str, dict[str, Any]] = {
     "sam": {
-        "type": "sam",
-        "vision_sharing": "vlm",
-        "fine_channels": 16,
-        "decoder": {"hidden_size": 64, "num_attention_heads": 4, "mlp_dim": 128, "iou_head_hidden_dim": 64},
+        "box": {"width": 96},
+        "mask": {"type": "sam", "vision_sharing": "vlm", "fine_channels": 16, "decoder": SAM_DECODER},
     },
-    "codes": {"type": "autoencoder", "width": 256},
+    "codes": {"box": {"type": "embedding", "width": 256}, "mask": {"type": "autoencoder", "width": 256}},
 }
-"""Recipe -> its mask head."""
+"""Recipe -> its heads."""
 PREPROCESSOR = {
     "vit": {"max_image_size": 64, "min_image_size": 64, "stride": 8},
     "vae": {"max_image_size": 64, "min_image_size": 64, "stride": 16},
@@ -72,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(sizes.values()) < 1:
         parser.error("every split needs at least one scene")
     texts = make(args.output_dir / "data", sizes, args.seed)
-    for recipe, head in MASK_HEADS.items():
-        write_base(args.output_dir / "base" / recipe, head, texts)
+    for recipe, heads in HEADS.items():
+        write_base(args.output_dir / "base" / recipe, heads, texts)
     print(f"written to {args.output_dir}")
 
 
@@ -141,14 +140,14 @@ def _colour(digits: Digits, colour: str) -> tuple[str, str, list[scenes.Digit]]:
     return f"Segment every {colour} digit.", said or "There is none.", meant
 
 
-def write_base(folder: Path, mask_head: dict[str, Any], texts: Sequence[str]) -> None:
+def write_base(folder: Path, heads: dict[str, Any], texts: Sequence[str]) -> None:
     """An untrained model directory: tokenizer, configurations, and an autoencoder that nothing uses (`--visual_gen False`)."""
     bagel = {
         "latent_patch_size": 2,
         "max_latent_size": 4,
         "vit_max_num_patch_per_side": 8,
         "head_reads": "self",
-        "heads": {"box": {"width": 96}, "mask": mask_head},
+        "heads": heads,
     }
     tokenizer = train_tokenizer(iter([t.replace("<image>", "").strip() for t in texts]), 300)
     write_model(folder, tokenizer, llm=LLM, vit=VIT, bagel=bagel, preprocessor=PREPROCESSOR)

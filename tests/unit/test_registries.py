@@ -156,7 +156,7 @@ def test_head_reads_states_and_grids(name: str) -> None:
         assert output.boxes.shape == (3, 4) and bool(((output.boxes >= 0) & (output.boxes <= 1)).all())
     numbers(output).square().sum().backward()
     trained = [(name, p) for name, p in head.named_parameters() if p.requires_grad]
-    looks = [] if name == "autoencoder" else [("grid", grids.values)]
+    looks = [] if name in ("autoencoder", "embedding") else [("grid", grids.values)]
     for what, x in (("state", hidden), *looks, *trained):
         assert x.grad is not None and bool(x.grad.any()), f"no gradient reaches {what}"
 

@@ -19,9 +19,12 @@ def test_the_type_of_a_prediction_is_its_own_name_unless_said() -> None:
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"mask": {"type": "sman"}}, "heads.mask: no head of type 'sman'; known types are mask"),
+        (
+            {"mask": {"type": "sman"}},
+            "heads.mask: no head of type 'sman'; known types are mask, sam, autoencoder",
+        ),
         ({"masks": {}}, "heads.masks: no head of type 'masks'; known types are"),
-        ({"box": {"type": "mask"}}, "heads.box: type 'mask' predicts 'mask'; 'box' has box"),
+        ({"box": {"type": "mask"}}, "heads.box: type 'mask' predicts 'mask'; 'box' has box, embedding"),
         (
             {"mask": {"chanels": 3}},
             "heads.mask: type 'mask' has no option 'chanels'; did you mean 'channels'?",

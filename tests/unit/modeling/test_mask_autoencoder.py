@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modeling.bagel.init import initial_value
+from modeling.heads.box_embedding import BoxEmbeddingHead
 from modeling.mask_autoencoder import Bottleneck, MaskAutoencoder, MaskAutoencoderConfig
+from tests.unit.modeling.tiny import tiny_config
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "grounding"
 CASES = json.loads((GOLDEN / "perceptiongpt_modules.json").read_text())
@@ -122,3 +126,15 @@ def test_a_batch_learns() -> None:
         mask[i % 40 : i % 40 + 20, 10 + i % 30 : 30 + i % 30] = 1
     model.decode(model.encode(masks)).sub(masks).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_box_of_a_state() -> None:
+    case = next(case for case in CASES["small"] if case["id"] == "box_decoder")
+    head = BoxEmbeddingHead(hidden_size=24, grid_size=1, patch_size=8, width=16)
+    fill(head, case)
+    none = torch.zeros(0, dtype=torch.int64)
+    found = head(SimpleNamespace(hidden=TENSORS["box_decoder.in"], regions=none))  # type: ignore[arg-type]
+    torch.testing.assert_close(found.boxes, TENSORS["box_decoder.out"], rtol=0, atol=1e-5)
+    start = initial_value("heads.box.layers.2.weight", torch.Size((4, 16)), tiny_config(), 0)
+    assert not start.any(), "a new head says the middle"
