@@ -13,6 +13,8 @@ from tests.distributed.tiny_run import Packs, Steps, train_steps, worst
 from tests.unit.modeling.tiny import tiny_config
 
 NUM_STEPS = 20
+FEW_STEPS = 8
+"""Of most rounded cases: their distance comes from single steps, and a CPU is slow in these types."""
 STEP = ("see", "edit", "say", "draw", "say")
 """Samples of one step."""
 
@@ -96,12 +98,13 @@ def test_the_same_curve_and_weights(
 
 @pytest.mark.parametrize("case", ROUNDED)
 def test_a_curve_within_rounding(case: str, found: dict[str, Steps], one_process: dict[bool, Steps]) -> None:
-    steps, expected = found[case], one_process[False]
-    _, rounding, times = ROUNDED[case]
+    steps, (_, rounding, times) = found[case], ROUNDED[case]
+    expected = losses(one_process[False])[: len(steps.reports)]
+    assert len(expected) == steps_of(case)
     # Worst measured: 0.2 roundings in the first step; 3.8 (bf16) and 6.7 (fp16) in all, much the same on one rank.
-    assert losses(steps)[0] == pytest.approx(losses(expected)[0], rel=rounding)
-    assert losses(steps) == pytest.approx(losses(expected), rel=times * rounding)
-    assert losses(steps) != pytest.approx(losses(expected), rel=rounding / 100)  # and it is there
+    assert losses(steps)[0] == pytest.approx(expected[0], rel=rounding)
+    assert losses(steps) == pytest.approx(expected, rel=times * rounding)
+    assert losses(steps) != pytest.approx(expected, rel=rounding / 100)  # and it is there
 
 
 def losses(steps: Steps) -> list[float]:
@@ -110,15 +113,26 @@ def losses(steps: Steps) -> list[float]:
 
 def all_on(num_ranks: int) -> dict[str, Steps]:
     return {
-        name: train(ranks * packs, flags, name == "tied weights")
+        name: train(ranks * packs, flags, name == "tied weights", steps=steps_of(name))
         for name, (ranks, packs, flags) in CASES.items()
         if ranks == num_ranks
     }
 
 
-def train(num_packs: int, flags: dict[str, Any], is_tied: bool, *, sharded: bool = True) -> Steps:
+def steps_of(case: str) -> int:
+    return FEW_STEPS if case in ROUNDED and case != "bf16" else NUM_STEPS
+
+
+def train(
+    num_packs: int,
+    flags: dict[str, Any],
+    is_tied: bool,
+    *,
+    steps: int = NUM_STEPS,
+    sharded: bool = True,
+) -> Steps:
     packs: Packs = tuple(STEP[i::num_packs] for i in range(num_packs))
     # Units of a layer and more; AdamW far enough from the sign of a gradient's rounding.
     fixed = {"min_unit_params": 10_000, "recompute": False, "eps": 1e-5}
     config = tiny_config(tie_word_embeddings=is_tied)
-    return train_steps(packs, {**fixed, **flags}, steps=NUM_STEPS, config=config, sharded=sharded)
+    return train_steps(packs, {**fixed, **flags}, steps=steps, config=config, sharded=sharded)

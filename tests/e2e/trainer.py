@@ -43,16 +43,15 @@ class Done:
 
 
 def command(num_ranks: int = 2, **flags: object) -> list[str]:
-    """The command line: `SMALL`, changed by `flags`; a flag that is None is left out."""
+    """The command line: `SMALL`, changed by `flags`; a flag that is None is left out. One rank needs no launcher."""
     words = [f"--{name}={value}" for name, value in {**SMALL, **flags}.items() if value is not None]
-    launcher = [
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
+    return [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={num_ranks}",
-        "--standalone",
+        *(launcher if num_ranks > 1 else ()),
+        str(ROOT / "train" / "main.py"),
+        *words,
     ]
-    return [*launcher, str(ROOT / "train" / "main.py"), *words]
 
 
 def run_trainer(
