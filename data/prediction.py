@@ -17,7 +17,7 @@ from data.mixture import Group
 from data.scan import Outline, Scan, from_outline
 from data.sources import Record
 from data.stream import LaneStream, StreamPlan
-from data.types import LaneCursor, Sample
+from data.types import LaneCursor, Region, Sample
 
 PACKS, LANES, SAMPLES = 128, 8, 20_000
 """What is simulated: so many packs of so many lanes, or fewer when so many samples are in packs."""
@@ -147,7 +147,12 @@ class _OutlineDataset(TaskDataset):
     def to_sample(self, record: Record, rng: np.random.Generator) -> Sample:
         if record.data["outline"] is None:
             raise SkipSample("unusable", "the scanned record gives no sample")
-        return from_outline(record.data["outline"])
+        sample = from_outline(record.data["outline"])
+        seen = [i for i, segment in enumerate(sample.segments) if segment.kind == "und_image"]
+        if any(s.supervised or s.kind == "gen_image" for s in sample.segments) or not seen:
+            return sample
+        # It learns from regions alone, of which an outline tells nothing: one stands in for them.
+        return replace(sample, regions=(Region(head="", segment=seen[0], token=0, image=seen[0]),))
 
 
 def _no_files(name: str) -> bytes:

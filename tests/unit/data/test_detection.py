@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data.dataset_base import Record, SkipSample
+from data.dataset_base import Record, SkipSample, check_sample
 from data.detection_dataset import DetectionCocoDataset, DetectionDataset
 from data.detections import PROMPTS, answer_text, read_detection, reading_order, written_box
 from data.layout import LayoutSpec
 from data.packing import pack
+from data.prediction import _OutlineDataset
+from data.scan import outline
 from data.teachers import STRATEGIES, TeacherPool
 from data.tokens import Tokenizer
 from data.transforms import ImageTransform
@@ -274,3 +276,12 @@ def test_a_picture_that_is_mirrored_takes_region_and_answer_along(tokenizer: Tok
     made = dataset.sample(record, np.random.default_rng(0))
     assert said(made, tokenizer)[-1] == '[{"bbox_2d":[24,4,32,12],"label":"a"}]'
     torch.testing.assert_close(made.regions[0].boxes, torch.tensor([[0.75, 0.125, 1.0, 0.375]]))
+
+
+def test_packs_of_regions_alone_are_predicted(tokenizer: Tokenizer) -> None:
+    sample = sample_of(make(tokenizer, writes=False), scene("0.png", "a"))
+    dataset = _OutlineDataset(tokenizer=tokenizer)
+    record = Record(data={"outline": outline(sample)}, where="record 1", fetch=FILES.__getitem__)
+    stand_in = dataset.to_sample(record, np.random.default_rng(0))
+    check_sample(stand_in)
+    assert [s.kind for s in stand_in.segments] == ["text", "und_image"] and not sample.segments[0].supervised
