@@ -24,6 +24,7 @@ from data.mixture import build_groups, load_mixture
 from data.packing import pack
 from data.policy import PackBudget
 from data.stream import LaneStream, StreamPlan
+from data.tokens import ANCHORS
 from data.types import LaneCursor, Sample, Segment
 from inference_pipeline.inferencer import Inferencer
 from modeling.bagel.continuation import can_be_continued
@@ -108,7 +109,7 @@ def trained_predictions(decoder: Decoder, samples: Sequence[Sample]) -> Iterator
     batch = pack(samples, decoder.spec, decoder.special).to(decoder.device)
     output = decoder.model(batch, decoder.encoder(batch).noised)
     logits, velocity = iter(output.logits.float()), iter(output.velocity.float())
-    regions = {name: iter(_each_region(found)) for name, found in output.heads.items()}
+    regions = {name: iter(_each_region(output.heads[name])) for name in ANCHORS if name in output.heads}
     for sample in samples:
         for place, segment in enumerate(sample.segments):
             laid = lay_out(segment, decoder.spec, decoder.special)
@@ -164,8 +165,9 @@ def _forced(
 
 
 def _anchors(sample: Sample, place: int) -> list[str]:
-    """Heads that read a text's tokens, in the order of the tokens."""
-    return [r.head for r in sorted(sample.regions, key=lambda r: r.token) if r.segment == place]
+    """Heads that read a text's tokens, in the order of the tokens; what is read at a picture has no token to be cached."""
+    found = [r for r in sample.regions if r.segment == place and r.head in ANCHORS]
+    return [r.head for r in sorted(found, key=lambda r: r.token)]
 
 
 def _each_region(found: HeadOutput) -> list[Tensor]:

@@ -158,3 +158,19 @@ def test_a_wrong_size_is_named() -> None:
         SamVisionConfig.from_json({"use_rel_pos": False}, "here")
     with pytest.raises(ValueError, match="num_attention_heads 5 does not divide hidden_size 768"):
         SamVisionConfig.from_json({"num_attention_heads": 5}, "here")
+
+
+def test_published_sizes() -> None:
+    large = {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [7, 15, 23, 31],
+    }
+    with torch.device("meta"):
+        modules = (
+            SamMaskDecoder(SamDecoderConfig()),
+            SamVisionEncoder(SamVisionConfig()),
+            SamVisionEncoder(SamVisionConfig.from_json(large, "SAM-H", strict=True)),
+        )
+    assert [sum(p.numel() for p in m.parameters()) for m in modules] == [4_058_340, 89_670_912, 637_026_048]
