@@ -23,6 +23,7 @@ from tests.unit.modeling.tiny import (
     SPEC,
     SPECIAL,
     TINY_DETR,
+    demonstrated_sample,
     detection_sample,
     made_up_latents,
     picture,
@@ -296,3 +297,15 @@ def test_detached_states_teach_the_trunk_nothing() -> None:
     losses(model, detection_sample(), text_sample())
     grads = [p.grad for p in model.language_model.model.layers.parameters()]
     assert not any(g is not None and g.any() for g in grads)
+
+
+def test_answers_of_teachers_and_students_are_reported_apart() -> None:
+    model, batch = with_detr(), pack([demonstrated_sample(), text_sample()], SPEC, SPECIAL)
+    flow = made_up_latents(batch)
+    for weight in (0.0, 0.5):
+        objective = Objective({"ce": 1.0, "teacher_lm": weight, "student_lm": weight})
+        ce, teacher, student = objective.terms(model(batch, flow.noised), batch, flow)
+        assert objective.counts(batch).tolist() == [8, 3, 2], "of every answer its tokens and its end"
+        torch.testing.assert_close(ce.each[:3], teacher.each)
+        torch.testing.assert_close(ce.each[3:5], student.each)
+        assert teacher.total.requires_grad == student.total.requires_grad == bool(weight)
