@@ -47,14 +47,20 @@ class LossesBySource(Hook):
             for name, (total, count) in self._step.items():
                 _add(self._sums, name, total, count)
         self._step = {}
-        if report.step % self._every and report.step != self._total_steps:
-            return
+        if report.step % self._every == 0 or report.step == self._total_steps:
+            self._write(report.step)
+
+    def data_ended(self, state: TrainState) -> None:
+        if state.step % self._every:
+            self._write(state.step)
+
+    def _write(self, step: int) -> None:
         everywhere: Sums = {}
         for sums in gather_objects(self._sums):
             for name, (total, count) in sums.items():
                 _add(everywhere, name, total, count)
         self._sums = {}
-        self._reporter.curves(report.step, {n: t / c for n, (t, c) in sorted(everywhere.items()) if c})
+        self._reporter.curves(step, {n: t / c for n, (t, c) in sorted(everywhere.items()) if c})
 
 
 def _add(sums: Sums, name: str, total: float, count: float) -> None:

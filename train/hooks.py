@@ -43,6 +43,9 @@ class Hook:
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """A step is done and reported, and not yet saved."""
 
+    def data_ended(self, state: TrainState) -> None:
+        """The data has ended before `--total_steps`: the step before was the last, and is not saved yet."""
+
     def close(self) -> None:
         """The run ends, well or badly."""
 

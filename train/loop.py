@@ -98,8 +98,8 @@ def train(
             raise
         if report is None:
             reporter.note(f"the data has ended (when_exhausted): stopping after step {state.step} of {total}")
-            if state.step > first and state.step % every:
-                checkpoints.save(state)
+            if state.step > first:
+                _end_early(run, state, checkpoints)
             break
         reporter.step(report)
         for hook in run.hooks:
@@ -114,6 +114,13 @@ def train(
     checkpoints.finish()
     if lost := format_lost(check_accounts(run, state)):
         reporter.note(lost)
+
+
+def _end_early(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
+    for hook in run.hooks:
+        hook.data_ended(state)
+    if state.step % run.args.checkpoint.save_every:
+        checkpoints.save(state)
 
 
 def training_step(run: Run, state: TrainState, batches: Iterator[PackedBatch]) -> StepReport | None:

@@ -62,7 +62,7 @@ Listener = Callable[[int, Mapping[str, float]], None]
 
 
 class Validation(Hook):
-    """Validates each `--val_every` steps and after the last one.
+    """Validates each `--val_every` steps and after the last one, also where that is the data's end.
 
     Args:
         run: objective, autoencoder and device of the training run.
@@ -103,12 +103,19 @@ class Validation(Hook):
                 )
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        if state.step % self._args.val_every and state.step < self._total_steps:
-            return
+        is_last = state.step >= self._total_steps
+        if is_last or state.step % self._args.val_every == 0:
+            self._validate(state, is_last=is_last)
+
+    def data_ended(self, state: TrainState) -> None:
+        if state.step % self._args.val_every:  # else it has been done
+            self._validate(state, is_last=True)
+
+    def _validate(self, state: TrainState, *, is_last: bool) -> None:
         begun = time.perf_counter()
         with self._run.clock.phase(VALIDATION), self._weights(state):
             figures = self.losses(state)
-            if self._shows(state.step):
+            if self._shows(state.step, is_last=is_last):
                 figures |= self.samples(state)
         figures["val/seconds"] = time.perf_counter() - begun
         self._run.clock.read()  # weights that were gathered here are no part of the next step's time
@@ -116,10 +123,10 @@ class Validation(Hook):
         for listener in self._listeners:
             listener(state.step, figures)
 
-    def _shows(self, step: int) -> bool:
+    def _shows(self, step: int, *, is_last: bool) -> bool:
         """Whether the validation after `step` updates has samples: the step alone decides, so a resumed run has the same."""
         every = self._args.val_samples_every
-        return bool(every) and (step >= self._total_steps or step // self._args.val_every % every == 0)
+        return bool(every) and (is_last or step // self._args.val_every % every == 0)
 
     @contextmanager
     def _weights(self, state: TrainState) -> Iterator[None]:

@@ -19,6 +19,7 @@ def test_a_run_ends_when_its_data_do(quickstart: Quickstart, tmp_path: Path, cap
     for name, entry in mixture.items():
         if name != "dataset_info":
             entry.update(when_exhausted="drop")
+    mixture["val"] = {"text": {"dataset_names": mixture["text"]["dataset_names"]}}
     file = tmp_path / "mixture.yaml"
     file.write_text(yaml.safe_dump(mixture))
     flags = {
@@ -26,12 +27,17 @@ def test_a_run_ends_when_its_data_do(quickstart: Quickstart, tmp_path: Path, cap
         "model_path": quickstart.model,
         "results_dir": "results",
         "total_steps": 500,
+        "val_every": 400,
+        "val_steps": 1,
+        "val_samples": 0,
     }
     done = run_trainer(tmp_path, **flags)
     assert_finished(done)
     steps = len(losses(tmp_path))
     assert done.lines(f"the data has ended (when_exhausted): stopping after step {steps} of 500")
     assert (tmp_path / "results" / "model" / "ema.safetensors").is_file()
+    validated = (tmp_path / "results" / "val_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in validated] == [steps]  # the last one, although nobody knew
     assert ledger.main([str(tmp_path / "results"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == steps < 500
