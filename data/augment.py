@@ -19,7 +19,7 @@ from data.sources.record import Record, SkipSample
 
 TEXT_KEYS = frozenset(
     ("message", "conversations", "value", "expression", "expressions", "question", "answer", "cot_with_ans", "caption",
-     "captions", "sentence", "text", "txt", "label", "labels", "desc", "ref", "name", "instruction_list",
+     "captions", "sentence", "text", "txt", "label", "labels", "desc", "description", "ref", "name", "instruction_list",
      "multiple_choice_answer")
 )  # fmt: skip
 """Fields of rows that hold what is said; others (names of files above all) stay as they are."""
