@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.packing import pack
 from data.types import LaneCursor, Origin, PackedBatch
+from modeling.losses import LOSSES
 from tests.distributed.gather import full_tensors
 from tests.distributed.launch import run_distributed
 from tests.distributed.tiny_run import FIXED, SAMPLES, build_state
@@ -104,7 +105,8 @@ def test_two_ranks_see_what_one_process_sees(on_two_ranks: list) -> None:
 def test_shares_are_those_of_the_gradients_in_the_trunks_last_states() -> None:
     """By hand: one loss at a time, the gradient that arrives where the final norm begins."""
     model, batch = tiny_model(), made_pack(0)
-    weights = build_args(FLAGS).loss.weights()
+    kept = Objective.build(build_args(FLAGS).loss.weights(), model.config.heads).weights
+    weights = {name: weight for name, weight in kept.items() if weight or not LOSSES[name].watched}
     squares = dict.fromkeys(weights, 0.0)
     args = build_args({**FLAGS, "gradient_accumulation_steps": 1})
     for name, weight in weights.items():

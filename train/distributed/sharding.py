@@ -215,16 +215,16 @@ def joint_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
         `n` float32, equal on all ranks.
     """
     squares = [
-        torch.stack(torch._foreach_norm([local(x) for x in group], 2, dtype=torch.float32)).square().sum()
+        torch.stack(torch._foreach_norm([local(x) for x in group], 2, dtype=torch.float64)).square().sum()
         for group in groups
-    ]
+    ]  # in float64, so that it rounds to the same number however the tensors are cut
     square, first = torch.stack(squares), groups[0][0]
     if isinstance(first, DTensor):
         # The last mesh axis is `shard`; replicas hold the same pieces and must not be counted twice. Its group may know only the
         # mesh's device, where the pieces do not lie with `--cpu_offload`.
         square = square.to(first.device_mesh.device_type)
         dist.all_reduce(square, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
-    return square.sqrt()
+    return square.sqrt().float()
 
 
 Phase = Callable[[str], AbstractContextManager[None]]
