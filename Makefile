@@ -1,4 +1,4 @@
-# make demo    environment, data, training, evaluation: runs/quickstart/ (about 20 minutes on 2 cores)
+# make demo    environment, data, training, evaluation: runs/quickstart/ (20 to 30 minutes on 2 cores)
 # make test    environment, whole test suite
 # make parity  our numbers beside the published system's, as a table: docs/parity.md
 # make soak    40 short distributed runs, each of which has to end well (about 10 minutes on 2 cores)
